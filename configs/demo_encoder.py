@@ -1,0 +1,46 @@
+"""The bundled encoder: a 2.5M-parameter InternVL that describes scenes, rewrites prompts and thinks edits through.
+
+Command:  python -m unifusion_jax.train --config=configs/demo_encoder.py --workdir=runs/demo_encoder
+Hardware: 2 CPU cores.
+"""
+
+import ml_collections
+
+from unifusion_jax.config import to_config_dict
+from unifusion_jax.training.config import TrainConfig
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Returns the configuration."""
+    config = to_config_dict(TrainConfig())
+    config.task = "encoder"
+    config.model = "demo"
+    config.total_steps = 2600
+    config.batch_size = 32
+    config.log_every_steps = 100
+    config.dtype = "float32"
+    config.encoder.system_prompts = "short"
+    config.data.size_px = 96
+    config.data.sources = (
+        {
+            "name": "shapes",
+            "weight": 0.92,
+            "seed": 21,
+            "tasks": {"text_to_image": 0.2, "reconstruction": 0.42, "edit": 0.32, "multi_reference": 0.06},
+        },
+        {"name": "emoji_names", "weight": 0.08, "seed": 22},
+    )
+    config.data.budgets = {
+        "text_to_image": {"max_tokens": 120, "max_tiles": 0, "max_kept_tokens": 120},
+        "reconstruction": {"max_tokens": 128, "max_tiles": 10, "max_kept_tokens": 128},
+        "edit": {"max_tokens": 144, "max_tiles": 10, "max_kept_tokens": 144},
+        "multi_reference": {"max_tokens": 296, "max_tiles": 30, "max_kept_tokens": 296},
+    }
+    config.optimizer.learning_rate = 1.5e-3
+    config.optimizer.warmup_steps = 300
+    config.optimizer.schedule = "cosine"
+    config.optimizer.final_scale = 0.05
+    config.optimizer.weight_decay = 0.05
+    config.checkpoint.every_steps = 250
+    config.evaluation.prompts = 256
+    return config

@@ -1,0 +1,133 @@
+"""The built-in world as a random-access source of records: an endless data set that needs no disk."""
+
+import dataclasses
+import operator
+from collections.abc import Sequence
+
+from unifusion_jax.data.records import RECONSTRUCTION_PROMPT, TASKS, Record
+from unifusion_jax.data.shapes.edits import sample_edit, sample_multi_reference
+from unifusion_jax.data.shapes.language import Fact, describe, facts, user_prompt
+from unifusion_jax.data.shapes.render import render
+from unifusion_jax.data.shapes.scene import REFERENCE_SIZE_PX, Scene, check_split, generator, sample_scene
+
+_EVALUATION_STREAM = len(TASKS)  # the task streams come before it
+
+
+class ShapesSource(Sequence):
+    """Examples of one task; item k is a function of (seed, task, split, k) alone.
+
+    Attributes:
+        task: "text_to_image" (a short prompt), "reconstruction" (the picture itself), "joint" (prompt and picture),
+            "edit" (a picture and an instruction) or "multi_reference" (two or three pictures and an instruction).
+        split: "train" or "held_out".
+
+    Args:
+        task: see above.
+        split: see above.
+        seed: not negative; another seed gives another data set of the same split.
+        length: number of examples.
+        size_px: side of the pictures, or (width, height).
+        num_objects: counts of objects in the pictures of the first three tasks.
+        pairs: shape-colour pairs of a held-out split, as in `sample_scene`; default "seen".
+
+    Raises:
+        ValueError: an unknown task, split or pairs, or a length that is not positive.
+    """
+
+    def __init__(
+        self,
+        task: str = "text_to_image",
+        *,
+        split: str = "train",
+        seed: int = 0,
+        length: int = 1_000_000,
+        size_px: int | Sequence[int] = REFERENCE_SIZE_PX,
+        num_objects: int | Sequence[int] = (1, 2, 3),
+        pairs: str | None = None,
+    ):
+        if task not in TASKS:
+            raise ValueError(f"task is {task!r}, but must be one of {', '.join(TASKS)}")
+        check_split(split, pairs or "seen")
+        if length < 1:
+            raise ValueError(f"length is {length}, but a source needs at least one example")
+        if seed < 0:
+            raise ValueError(f"seed is {seed}, but must not be negative")
+        self.task, self.split, self.seed, self.pairs = task, split, seed, pairs
+        # Configurations hold lists where Python has tuples.
+        self.size_px = size_px if isinstance(size_px, int) else (int(size_px[0]), int(size_px[1]))
+        self.num_objects, self._length = num_objects, length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __repr__(self) -> str:
+        return f"ShapesSource({self.task!r}, split={self.split!r}, seed={self.seed}, length={self._length})"
+
+    def __getitem__(self, index: int) -> Record:
+        """The example at an index; negative ones count from the end.
+
+        Raises:
+            IndexError: outside the source.
+        """
+        index = operator.index(index)
+        if not -self._length <= index < self._length:
+            raise IndexError(f"index {index} is outside a source of {self._length} examples")
+        index %= self._length
+        sources, prompt, scene, extra = self._scenes(index)
+        return Record(
+            id=f"shapes/{self.split}/{self.task}/{self.seed}/{index}",
+            task=self.task,
+            prompt=prompt,
+            target="" if self.task == "reconstruction" else describe(scene),
+            image=render(scene, self.size_px),
+            images=tuple(render(source, self.size_px) for source in sources),
+            facts={"scene": describe(scene), "sources": [describe(source) for source in sources], **extra},
+        )
+
+    def scene(self, index: int) -> Scene:
+        """The scene of the picture that example `index` asks for, with its jitter."""
+        return self._scenes(index)[2]
+
+    def _scenes(self, index: int) -> tuple[tuple[Scene, ...], str, Scene, dict]:
+        """(reference scenes, prompt, target scene, further facts) of an example."""
+        held_out = int(self.split == "held_out")
+        rng = generator(self.seed, TASKS.index(self.task), held_out, index)
+        if self.task == "edit":
+            source, prompt, scene, kind = sample_edit(rng, self.split, pairs=self.pairs)
+            return (source,), prompt, scene, {"edit": kind, "stated": _plain(facts(scene))}
+        if self.task == "multi_reference":
+            sources, prompt, scene = sample_multi_reference(rng, self.split, pairs=self.pairs)
+            return sources, prompt, scene, {"stated": _plain(facts(scene))}
+        scene = sample_scene(rng, num_objects=self.num_objects, split=self.split, pairs=self.pairs)
+        if self.task == "reconstruction":
+            return (scene,), RECONSTRUCTION_PROMPT, scene, {"stated": _plain(facts(scene))}
+        prompt, stated = user_prompt(scene, rng)
+        return (scene,) if self.task == "joint" else (), prompt, scene, {"stated": _plain(stated)}
+
+
+def _plain(stated: Sequence[Fact]) -> list[dict]:
+    """Facts as plain dictionaries, which a record can carry to disk; `Fact(**entry)` restores each."""
+    return [dataclasses.asdict(fact) for fact in stated]
+
+
+def evaluation_prompts(
+    count: int, *, num_objects: int | Sequence[int] = (1, 2), seed: int = 0, pairs: str = "seen"
+) -> list[tuple[str, tuple[Fact, ...], Scene]]:
+    """Prompts for scenes that training never shows, each with what it states.
+
+    Args:
+        count: how many.
+        num_objects: counts of objects to choose from.
+        seed: not negative; the list of a seed starts the same whatever `count` is.
+        pairs: "seen": unseen scenes of seen shape-colour pairs; "held_out": with a pair that is never trained on.
+
+    Returns:
+        (prompt, facts, scene) each; score a generated picture with `score(facts, detect(picture))`.
+    """
+    prompts = []
+    for index in range(count):
+        rng = generator(seed, _EVALUATION_STREAM, int(pairs == "held_out"), index)
+        scene = sample_scene(rng, num_objects=num_objects, split="held_out", pairs=pairs)
+        prompt, stated = user_prompt(scene, rng)
+        prompts.append((prompt, stated, scene))
+    return prompts

@@ -1,0 +1,151 @@
+"""Single-pass rewriting (VERIFI): the answer is decoded and its states are collected in the same pass.
+
+The prompt goes through the decoder once (prefill), which gives the states of its image tokens; each decoded token goes
+through once more as the input of the next step, which gives its states. Nothing is encoded again.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from unifusion_jax.encoders.batch import AnyArray, EncoderBatch, LayerStates, pytree
+from unifusion_jax.encoders.decoder import KVCache, token_positions
+from unifusion_jax.encoders.internvl import InternVL
+
+
+@pytree
+@dataclasses.dataclass(frozen=True)
+class Decoded:
+    """Answers of a batch: ids, how many of them are words (a closing token is not), and states of images and words."""
+
+    token_ids: Int[AnyArray, "B max_new"]
+    lengths: Int[AnyArray, "B"]
+    states: LayerStates
+
+
+def compact_index(keep: Bool[Array, "B S"], count: int) -> tuple[Int[Array, "B C"], Bool[Array, "B C"]]:
+    """Returns positions of the first `count` kept tokens of each row in their order, and which of them exist."""
+    order = jnp.argsort(~keep, axis=1, stable=True)[:, :count]
+    order = jnp.pad(order, ((0, 0), (0, count - order.shape[1])))
+    return order, jnp.arange(count) < jnp.sum(keep, axis=1, keepdims=True)
+
+
+def sample_tokens(
+    logits: Float[Array, "B V"], keys: Array, step: Int[Array, ""], temperature: Float[Array, ""]
+) -> Int[Array, "B"]:
+    """Draws one token a row, from the row's own key; the most likely one where the temperature is 0."""
+    drawn = jax.vmap(lambda key, row: jax.random.categorical(jax.random.fold_in(key, step), row))(
+        keys, logits / jnp.maximum(temperature, 1e-6)
+    )
+    return jnp.where(temperature > 0, drawn, jnp.argmax(logits, axis=-1)).astype(jnp.int32)
+
+
+@pytree
+@dataclasses.dataclass(frozen=True)
+class _Loop:
+    """What the decoding loop carries: `token` is the next input of each row, `done` rows have met a stop token."""
+
+    step: Int[AnyArray, ""]
+    token: Int[AnyArray, "B"]
+    done: Bool[AnyArray, "B"]
+    token_ids: Int[AnyArray, "B max_new"]
+    states: Float[AnyArray, "B max_new N H"]
+    cache: KVCache
+
+
+def decode(
+    model: InternVL,
+    batch: EncoderBatch,
+    keys: Array,
+    temperature: Float[Array, ""],
+    stop_ids: Int[Array, "stops"],
+    *,
+    layers: Sequence[int],
+    image_tokens: int,
+    max_new_tokens: int,
+) -> Decoded:
+    """Decodes an answer to each prompt and collects the states of `layers` of image tokens and decoded words.
+
+    Args:
+      model: encoder with an output head.
+      batch: prompts that end where the answer begins.
+      keys: one random key a row. A row's answer depends on its own prompt and key only.
+      temperature: 0 decodes greedily.
+      stop_ids: tokens that end an answer.
+      layers: which states to collect.
+      image_tokens: room for image tokens a row.
+      max_new_tokens: most words a row.
+    """
+    mask = jnp.asarray(batch.mask)
+    prompt_slots, lengths = mask.shape[1], jnp.sum(mask, axis=1)
+    decoder = model.decoder
+    image_index, image_mask = compact_index(jnp.asarray(batch.is_image) & mask, image_tokens)
+    logits, image_states, cache = _prefill(model, batch, image_index, layers, max_new_tokens)
+
+    def draw(logits: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+        token = sample_tokens(logits, keys, step, temperature)
+        return token, jnp.any(token[:, None] == stop_ids, axis=1)
+
+    def body(loop: _Loop) -> _Loop:
+        slot = prompt_slots + loop.step
+        cache = dataclasses.replace(loop.cache, mask=loop.cache.mask.at[:, slot].set(True))
+        x, states, cache = decoder.cached_states(
+            model.embed_tokens(loop.token[:, None]), (lengths + loop.step)[:, None], cache, slot, layers
+        )
+        token, stopped = draw(decoder.logits(x[:, 0]), loop.step + 1)
+        return _Loop(
+            step=loop.step + 1,
+            token=token,
+            done=loop.done | stopped,
+            token_ids=loop.token_ids.at[:, loop.step].set(jnp.where(loop.done, stop_ids[0], loop.token)),
+            states=jax.lax.dynamic_update_slice_in_dim(loop.states, states, loop.step, axis=1),
+            cache=cache,
+        )
+
+    token, done = draw(logits, jnp.zeros((), jnp.int32))
+    first = _Loop(
+        step=jnp.zeros((), jnp.int32),
+        token=token,
+        done=done,
+        token_ids=jnp.full((mask.shape[0], max_new_tokens), stop_ids[0]),
+        states=jnp.zeros((mask.shape[0], max_new_tokens, *image_states.shape[2:]), image_states.dtype),
+        cache=cache,
+    )
+    loop = jax.lax.while_loop(lambda loop: (loop.step < max_new_tokens) & ~jnp.all(loop.done), body, first)
+    is_word = ~jnp.any(loop.token_ids[:, :, None] == stop_ids, axis=-1)
+    return Decoded(loop.token_ids, jnp.sum(is_word, axis=1), _join(image_states, image_mask, loop.states, is_word))
+
+
+def _prefill(
+    model: InternVL,
+    batch: EncoderBatch,
+    image_index: Int[Array, "B C"],
+    layers: Sequence[int],
+    max_new_tokens: int,
+) -> tuple[Float[Array, "B V"], Float[Array, "B C N H"], KVCache]:
+    """Runs the prompts; returns the scores of the first new token, the states of image tokens, and the filled cache."""
+    mask = jnp.asarray(batch.mask)
+    embeddings = model.embed(batch)
+    cache = model.decoder.empty_cache(jnp.pad(mask, ((0, 0), (0, max_new_tokens))), embeddings.dtype)
+    hidden, image_states, cache = model.decoder.cached_states(
+        embeddings, token_positions(mask), cache, 0, layers, keep_index=image_index
+    )
+    last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
+    return model.decoder.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]), image_states, cache
+
+
+def _join(
+    image_states: Float[Array, "B C N H"],
+    image_mask: Bool[Array, "B C"],
+    word_states: Float[Array, "B W N H"],
+    word_mask: Bool[Array, "B W"],
+) -> LayerStates:
+    """Puts image tokens before words, as the prompt does, and moves each row's tokens together."""
+    valid = jnp.concatenate([image_mask, word_mask], axis=1)
+    index, mask = compact_index(valid, valid.shape[1])
+    states = jnp.take_along_axis(jnp.concatenate([image_states, word_states], axis=1), index[:, :, None, None], axis=1)
+    is_image = jnp.arange(valid.shape[1]) < jnp.sum(image_mask, axis=1, keepdims=True)
+    return LayerStates(jnp.where(mask[:, :, None, None], states, 0), mask, is_image)

@@ -1,0 +1,137 @@
+"""Encoder folders: which model a `config.json` means, its processor's settings, and writing the transformers layout."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from unifusion_jax import weights
+from unifusion_jax.encoders import internvl_weights
+from unifusion_jax.encoders.chat import IMAGE, INTERNVL_SYSTEM, JINJA, TURN_END
+from unifusion_jax.encoders.internvl import InternVLConfig
+from unifusion_jax.encoders.processor import Processor
+from unifusion_jax.encoders.tiling import IMAGENET_MEAN, IMAGENET_STD, TilingConfig
+
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
+SUPPORTED = ("internvl", "internvl_chat")
+
+
+def read_config(config: Mapping[str, Any], *, has_head: bool = True) -> InternVLConfig:
+    """Returns the sizes of the model that a parsed `config.json` describes; ValueError for unsupported models."""
+    family = config.get("model_type")
+    if family not in SUPPORTED:
+        raise ValueError(
+            f"Unsupported encoder model_type={family!r} in config.json; supported: {', '.join(SUPPORTED)}."
+        )
+    return InternVLConfig.from_hf(config, has_head=has_head)
+
+
+def has_head(files: weights.SafetensorsFolder) -> bool:
+    """Tells whether the weights hold an output head of their own."""
+    return any(internvl_weights.canonical_name(name) == "lm_head.weight" for name in files.names())
+
+
+def read_processor(folder: Path, config: InternVLConfig) -> Processor:
+    """Reads tokenizer and image settings of a folder of either layout."""
+    from transformers import AutoTokenizer
+
+    raw = weights.read_json(folder / "config.json")
+    if not any((folder / name).exists() for name in _TOKENIZER_FILES):
+        raise FileNotFoundError(
+            f"{folder} has no tokenizer (none of {', '.join(_TOKENIZER_FILES)}). Copy the model's tokenizer files "
+            "there; only batches of token ids (EncoderBatch.from_tokens) run without."
+        )
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    system = raw.get("system_message")
+    return Processor(
+        tokenizer,
+        tiling=_original_tiling(raw, config) if raw.get("model_type") == "internvl_chat" else _tiling(folder, config),
+        tokens_per_tile=config.tokens_per_tile,
+        max_positions=config.decoder.max_positions,
+        # Published files say null and mean the template's own message.
+        system=INTERNVL_SYSTEM if system is None else system,
+    )
+
+
+def _original_tiling(raw: Mapping[str, Any], config: InternVLConfig) -> TilingConfig:
+    dynamic = raw.get("dynamic_image_size", True)
+    return TilingConfig(
+        tile_px=config.vision.image_px,
+        min_tiles=raw.get("min_dynamic_patch", 1) if dynamic else 1,
+        max_tiles=raw.get("max_dynamic_patch", 12) if dynamic else 1,
+        thumbnail=raw.get("use_thumbnail", True),
+    )
+
+
+def _tiling(folder: Path, config: InternVLConfig) -> TilingConfig:
+    """Reads preprocessor_config.json, or the image processor's part of processor_config.json (newer files)."""
+    settings: dict[str, Any] = {}
+    if (folder / "preprocessor_config.json").exists():
+        settings = weights.read_json(folder / "preprocessor_config.json")
+    elif (folder / "processor_config.json").exists():
+        settings = weights.read_json(folder / "processor_config.json").get("image_processor") or {}
+    return TilingConfig(
+        tile_px=config.vision.image_px,
+        min_tiles=settings.get("min_patches", 1),
+        max_tiles=settings.get("max_patches", 12),
+        mean=tuple(settings.get("image_mean", IMAGENET_MEAN)),
+        std=tuple(settings.get("image_std", IMAGENET_STD)),
+    )
+
+
+def write(folder: Path, config: InternVLConfig, params: weights.Params, processor: Processor) -> None:
+    """Writes a folder that `load` and transformers' InternVLForConditionalGeneration read.
+
+    Raises ValueError for image settings that the layout has no words for.
+    """
+    tiling = processor.tiling
+    if not tiling.thumbnail:
+        raise ValueError(
+            "The transformers layout always appends a thumbnail, this processor's tiling has thumbnail=False."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    chat, tokenizer = processor.chat, processor.tokenizer
+    tensors = weights.to_tensors(params, internvl_weights.RULES)
+    renamed = {internvl_weights.file_name(name): value for name, value in tensors.items()}
+    weights.save(renamed, folder / "model.safetensors")
+    image = _image_settings(tiling)
+    end = chat.ids[TURN_END]
+    raw = config.to_hf(
+        image_token_id=chat.ids[IMAGE], eos_token_id=end, pad_token_id=processor.pad_id, system=processor.system
+    )
+    raw["dtype"] = str(next(iter(renamed.values())).dtype)
+    generation = {"eos_token_id": list(processor.stop_ids), "pad_token_id": processor.pad_id}
+    template = JINJA.replace("SYSTEM", "'" + processor.system.replace("\\", "\\\\").replace("'", "\\'") + "'")
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    _write_json(folder / "config.json", raw)
+    _write_json(folder / "generation_config.json", generation)
+    _write_json(folder / "preprocessor_config.json", image)
+    _write_json(
+        folder / "processor_config.json",
+        {"processor_class": "InternVLProcessor", "image_seq_length": config.tokens_per_tile, "image_processor": image},
+    )
+
+
+def _image_settings(tiling: TilingConfig) -> dict[str, Any]:
+    return {
+        "image_processor_type": "GotOcr2ImageProcessor",
+        "processor_class": "InternVLProcessor",
+        "crop_to_patches": True,
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": list(tiling.mean),
+        "image_std": list(tiling.std),
+        "max_patches": tiling.max_tiles,
+        "min_patches": tiling.min_tiles,
+        "resample": 3,
+        "rescale_factor": 1 / 255,
+        "size": {"height": tiling.tile_px, "width": tiling.tile_px},
+    }
+
+
+def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,164 @@
+"""Prompts to encoder batches on the host: tiles, chat tokens, padding. No jax arrays, so data workers can use it."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from unifusion_jax.encoders.batch import EncoderBatch
+from unifusion_jax.encoders.chat import IMAGE, TURN_END, Chat
+from unifusion_jax.encoders.tiling import TilingConfig, tile_image
+from unifusion_jax.prompt import Prompt
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One prepared prompt of s tokens and t tiles, not padded; the fields mean what they mean in `EncoderBatch`."""
+
+    token_ids: Int[np.ndarray, "s"]
+    is_image: Bool[np.ndarray, "s"]
+    keep: Bool[np.ndarray, "s"]
+    is_target: Bool[np.ndarray, "s"]
+    pixels: Float[np.ndarray, "t h w 3"] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Processor:
+    """Turns prompts into encoder batches. Picklable.
+
+    Attributes:
+      tokenizer: a transformers tokenizer of the tokenizers backend.
+      tiling: how images are cut.
+      tokens_per_tile: image tokens of one tile.
+      max_positions: longest sequence that the decoder takes.
+      system: system message of prompts that give none; "" for no system turn.
+    """
+
+    tokenizer: Any
+    tiling: TilingConfig
+    tokens_per_tile: int
+    max_positions: int
+    system: str = ""
+
+    @functools.cached_property
+    def chat(self) -> Chat:
+        """The renderer of prompts."""
+        return Chat(self.tokenizer)
+
+    @property
+    def image_id(self) -> int:
+        """Id of the image token."""
+        return self.chat.ids[IMAGE]
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end the assistant's answer; the first is the one that closes a turn."""
+        end, eos = self.chat.ids[TURN_END], self.tokenizer.eos_token_id
+        return (end,) if eos is None or eos == end else (end, int(eos))
+
+    @property
+    def pad_id(self) -> int:
+        """Id in padded places."""
+        pad = self.tokenizer.pad_token_id
+        return 0 if pad is None else int(pad)
+
+    def prepare_row(self, prompt: Prompt, *, max_tiles: int | None = None) -> Row:
+        """Cuts and renders one prompt; `max_tiles` bounds the tile grid of each image (thumbnail not counted)."""
+        tiling = self.tiling.with_max_tiles(max_tiles)
+        tiles = [tile_image(image, tiling) for image in prompt.images]
+        chat = self.chat.render(
+            prompt.instruction,
+            [len(cut) * self.tokens_per_tile for cut in tiles],
+            system=self.system if prompt.system is None else prompt.system,
+            target=prompt.target,
+        )
+        pixels = np.concatenate(tiles) if tiles else None
+        return Row(chat.token_ids, chat.is_image, chat.keep, chat.is_target, pixels)
+
+    def collate(
+        self,
+        rows: Sequence[Row],
+        *,
+        max_tokens: int | None = None,
+        row_tiles: int | None = None,
+        max_kept: int | None = None,
+    ) -> EncoderBatch:
+        """Pads rows on the right to one batch.
+
+        Args:
+          rows: at least one.
+          max_tokens: S; the longest row's length when None.
+          row_tiles: T, all tiles of a row with their thumbnails; the largest number of tiles when None. 0 tiles give
+            `pixels=None`.
+          max_kept: the room for kept tokens that the batch will be exported with; None checks nothing.
+
+        Raises:
+          ValueError: a row longer than `max_tokens` or `max_positions`, with more than `row_tiles` tiles, or that keeps
+            more than `max_kept` tokens. Nothing is ever cut off.
+        """
+        if not rows:
+            raise ValueError("Got no prompts, expected at least one.")
+        for index, row in enumerate(rows):
+            self._check_row(index, row, max_tokens, row_tiles)
+            if max_kept is not None and row.keep.sum() > max_kept:
+                raise ValueError(
+                    f"Prompt {index} keeps {row.keep.sum()} tokens ({row.is_image.sum()} of them image tokens), room "
+                    f"is for {max_kept}. Shorten its target, lower max_tiles, or raise max_kept."
+                )
+        length = max(len(row.token_ids) for row in rows) if max_tokens is None else max_tokens
+        tiles = max(_tiles(row) for row in rows) if row_tiles is None else row_tiles
+        pixels = None
+        if tiles:
+            side = self.tiling.tile_px
+            pixels = np.zeros((len(rows), tiles, side, side, 3), np.float32)
+            for place, row in zip(pixels, rows, strict=True):
+                if row.pixels is not None:
+                    place[: len(row.pixels)] = row.pixels
+        return EncoderBatch(
+            token_ids=_pad([row.token_ids for row in rows], length, self.pad_id),
+            mask=np.arange(length) < np.array([len(row.token_ids) for row in rows])[:, None],
+            is_image=_pad([row.is_image for row in rows], length, False),
+            keep=_pad([row.keep for row in rows], length, False),
+            pixels=pixels,
+            is_target=_pad([row.is_target for row in rows], length, False),
+        )
+
+    def prepare(
+        self, prompts: Sequence[Prompt], *, max_tokens: int | None = None, max_tiles: int | None = None
+    ) -> EncoderBatch:
+        """Prepares a batch of prompts; see `prepare_row` for `max_tiles` and `collate` for `max_tokens`."""
+        return self.collate(
+            [self.prepare_row(prompt, max_tiles=max_tiles) for prompt in prompts], max_tokens=max_tokens
+        )
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Returns the text of decoded ids, control tokens left out."""
+        return self.tokenizer.decode([int(token) for token in token_ids], skip_special_tokens=True)
+
+    def _check_row(self, index: int, row: Row, max_tokens: int | None, row_tiles: int | None) -> None:
+        length, images = len(row.token_ids), int(row.is_image.sum())
+        limit = self.max_positions if max_tokens is None else min(max_tokens, self.max_positions)
+        if length > limit:
+            raise ValueError(
+                f"Prompt {index} has {length} tokens ({images} of them image tokens, {_tiles(row)} tiles), the budget "
+                f"is {limit}. Shorten the text, lower max_tiles, or raise max_tokens (at most {self.max_positions})."
+            )
+        if row_tiles is not None and _tiles(row) > row_tiles:
+            raise ValueError(
+                f"Prompt {index} has {_tiles(row)} tiles, room is for {row_tiles}. Lower max_tiles, give fewer images, "
+                "or raise row_tiles."
+            )
+
+
+def _tiles(row: Row) -> int:
+    return 0 if row.pixels is None else len(row.pixels)
+
+
+def _pad(rows: Sequence[np.ndarray], length: int, value: int | bool) -> np.ndarray:
+    padded = np.full((len(rows), length), value, rows[0].dtype)
+    for place, row in zip(padded, rows, strict=True):
+        place[: len(row)] = row
+    return padded

@@ -1,0 +1,201 @@
+"""Building blocks shared by every network: linear maps, norms and stacks of repeated blocks.
+
+Every parameter carries the names of its logical axes in the variable's metadata (`axes`), which
+`unifusion_jax.parallel.sharding` maps to mesh axes. The letters in shape annotations are listed in `docs/architecture.md`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, PyTree
+
+Axes = tuple[str | None, ...]
+Remat = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+_KERNEL_INIT = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+
+
+def with_axes(initializer: Callable[..., Any], axes: Axes) -> Callable[..., Any]:
+    """Returns `initializer`, tagging the parameter it makes with logical axis names."""
+    return nnx.with_metadata(initializer, axes=axes)
+
+
+def linear(
+    in_features: int,
+    out_features: int,
+    axes: Axes,
+    *,
+    bias: bool = False,
+    dtype: Any = jnp.float32,
+    param_dtype: Any = jnp.float32,
+    kernel_init: Callable[..., Any] = _KERNEL_INIT,
+    rngs: nnx.Rngs,
+) -> nnx.Linear:
+    """Makes a linear map with kernel (in_features, out_features) whose dimensions are named by `axes`."""
+    return nnx.Linear(
+        in_features,
+        out_features,
+        use_bias=bias,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        kernel_init=with_axes(kernel_init, axes),
+        bias_init=with_axes(nnx.initializers.zeros_init(), axes[-1:]),
+        rngs=rngs,
+    )
+
+
+def conv(
+    in_features: int,
+    out_features: int,
+    kernel_px: int,
+    *,
+    stride_px: int = 1,
+    padding: Any = "SAME",
+    bias: bool = True,
+    dtype: Any = jnp.float32,
+    param_dtype: Any = jnp.float32,
+    rngs: nnx.Rngs,
+) -> nnx.Conv:
+    """Makes a square 2-D convolution over NHWC images, kernel (kernel_px, kernel_px, in_features, out_features)."""
+    return nnx.Conv(
+        in_features,
+        out_features,
+        (kernel_px, kernel_px),
+        strides=stride_px,
+        padding=padding,
+        use_bias=bias,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        kernel_init=with_axes(_KERNEL_INIT, (None, None, "conv_in", "conv_out")),
+        bias_init=with_axes(nnx.initializers.zeros_init(), ("conv_out",)),
+        rngs=rngs,
+    )
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm over the last axis, computed in float32.
+
+    `offset` is added to the learned scale: 0 for Llama and Qwen (scale starts at 1, the normalised value is cast before it
+    is scaled), 1 for Gemma (scale starts at 0 and multiplies in float32).
+    """
+
+    def __init__(
+        self,
+        features: int,
+        *,
+        eps: float = 1e-6,
+        offset: float = 0.0,
+        axis: str | None = "norm",
+        param_dtype: Any = jnp.float32,
+    ):
+        self.eps = eps
+        self.offset = offset
+        self.scale = nnx.Param(jnp.full((features,), 1.0 - offset, param_dtype), axes=(axis,))
+
+    def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        if self.offset:
+            return (wide * (self.scale[...].astype(jnp.float32) + self.offset)).astype(x.dtype)
+        return wide.astype(x.dtype) * self.scale[...].astype(x.dtype)
+
+
+def layer_norm(
+    features: int, *, eps: float, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32, rngs: nnx.Rngs
+) -> nnx.LayerNorm:
+    """Makes a layer norm with scale and bias; the exact variance formula, since ports are held to 1e-4 of their reference."""
+    return nnx.LayerNorm(
+        features,
+        epsilon=eps,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        use_fast_variance=False,
+        scale_init=with_axes(nnx.initializers.ones_init(), ("norm",)),
+        bias_init=with_axes(nnx.initializers.zeros_init(), ("norm",)),
+        rngs=rngs,
+    )
+
+
+def group_norm(
+    features: int, groups: int, *, eps: float, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32, rngs: nnx.Rngs
+) -> nnx.GroupNorm:
+    """Makes a group norm over NHWC images, with the exact variance formula."""
+    return nnx.GroupNorm(
+        features,
+        num_groups=groups,
+        epsilon=eps,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        use_fast_variance=False,
+        scale_init=with_axes(nnx.initializers.ones_init(), ("norm",)),
+        bias_init=with_axes(nnx.initializers.zeros_init(), ("norm",)),
+        rngs=rngs,
+    )
+
+
+class SwiGLU(nnx.Module):
+    """Gated feed-forward layer, down(act(gate x) * up x), without biases (Shazeer 2020)."""
+
+    def __init__(
+        self,
+        features: int,
+        hidden: int,
+        *,
+        activation: Callable[[jax.Array], jax.Array] = jax.nn.silu,
+        dtype: Any = jnp.float32,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.activation = activation
+        options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.gate = linear(features, hidden, ("embed", "mlp"), **options)
+        self.up = linear(features, hidden, ("embed", "mlp"), **options)
+        self.down = linear(hidden, features, ("mlp", "embed"), **options)
+
+    def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
+        return self.down(self.activation(self.gate(x)) * self.up(x))
+
+
+class Stack(nnx.Module):
+    """`depth` blocks of one kind, stored as one block whose parameters have a leading "layers" axis, run by `jax.lax.scan`.
+
+    One block is traced and compiled whatever the depth. `make_block` takes the rngs and returns a block.
+    """
+
+    def __init__(self, make_block: Callable[[nnx.Rngs], nnx.Module], depth: int, *, rngs: nnx.Rngs):
+        if depth < 1:
+            raise ValueError(f"A stack needs at least one block, got depth={depth}.")
+        self.depth = depth
+        self.blocks = nnx.vmap(make_block, in_axes=0, out_axes=0)(rngs.fork(split=depth))
+        for _, variable in nnx.iter_graph(self.blocks):
+            if isinstance(variable, nnx.Param):
+                names = variable.get_metadata().get("axes", (None,) * (len(variable.shape) - 1))
+                variable.set_metadata(axes=("layers", *names))
+
+    def scan(
+        self,
+        apply: Callable[[Any, Any, Any], tuple[Any, Any]],
+        carry: PyTree,
+        xs: PyTree = None,
+        *,
+        length: int | None = None,
+        remat: Remat | None = None,
+    ) -> tuple[PyTree, PyTree]:
+        """Runs `apply(block, carry, x) -> (carry, y)` over the first `length` blocks (all by default).
+
+        `xs` are per-layer inputs with a leading axis of `length`; `remat` wraps the scanned body, e.g. `jax.checkpoint`.
+        Returns the last carry and the stacked outputs.
+        """
+        graphdef, params = nnx.split(self.blocks)
+        length = self.depth if length is None else length
+        if length < self.depth:
+            params = jax.tree.map(lambda leaf: leaf[:length], params)
+
+        def body(carry: PyTree, inputs: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
+            layer_params, x = inputs
+            return apply(nnx.merge(graphdef, layer_params), carry, x)
+
+        return jax.lax.scan(remat(body) if remat else body, carry, (params, xs), length=length)

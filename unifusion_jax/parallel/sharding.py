@@ -1,0 +1,98 @@
+"""The one table from logical axis names to mesh axes, and the shardings of parameters and batches that follow from it.
+
+Mesh axes: "data" replicates parameters, "fsdp" shards parameters and the batch, "tensor" shards heads and feed-forward
+widths, "sequence" shards tokens.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx, traverse_util
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+RULES: Mapping[str, str | tuple[str, ...] | None] = {
+    "batch": ("data", "fsdp"),
+    "length": "sequence",
+    "embed": "fsdp",
+    "embed_out": None,
+    "mlp": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "vocab": "tensor",
+    "conv_out": "fsdp",
+    "conv_in": None,
+    "layers": None,
+    "norm": None,
+    "pool": None,
+}
+
+
+def spec_of(name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Mesh) -> PartitionSpec:
+    """Returns the partition of one array whose dimensions are named `axes`.
+
+    Mesh axes of size 1 are left out. Raises ValueError, naming the parameter, its shape and the axis, for an unknown logical
+    name, for one mesh axis used twice, and for a dimension that its mesh axes do not divide.
+    """
+    if len(axes) != len(shape):
+        raise ValueError(f"{name} has shape {shape} but {len(axes)} axis names {axes}; name every dimension.")
+    used: dict[str, str] = {}
+    entries: list[tuple[str, ...] | None] = []
+    for size, logical in zip(shape, axes, strict=True):
+        if logical is not None and logical not in RULES:
+            raise ValueError(f"{name}: unknown logical axis {logical!r}; known ones: {sorted(RULES)}.")
+        target = RULES[logical] if logical is not None else None
+        wanted = () if target is None else (target,) if isinstance(target, str) else target
+        mesh_axes = tuple(axis for axis in wanted if mesh.shape.get(axis, 1) > 1)
+        for axis in mesh_axes:
+            if axis in used:
+                raise ValueError(
+                    f"{name} with shape {shape}: logical axes {used[axis]!r} and {logical!r} both map to mesh axis {axis!r}."
+                )
+            used[axis] = str(logical)
+        ways = int(np.prod([mesh.shape[axis] for axis in mesh_axes]))
+        if size % ways:
+            raise ValueError(
+                f"{name} with shape {shape}: axis {logical!r} of size {size} is not divisible by {ways} (mesh axes "
+                f"{mesh_axes}). Use a smaller mesh axis or a width that it divides."
+            )
+        entries.append(mesh_axes or None)
+    while entries and entries[-1] is None:
+        entries.pop()
+    return PartitionSpec(*entries)
+
+
+def param_axes(module: nnx.Module) -> dict[str, tuple[str | None, ...]]:
+    """Returns dotted parameter path -> logical axis names, as tagged where the parameters are made."""
+    found = {}
+    for path, variable in nnx.to_flat_state(nnx.state(module, nnx.Param)):
+        name = ".".join(map(str, path))
+        axes = variable.get_metadata().get("axes")
+        found[name] = axes if axes is not None else (None,) * len(variable.shape)
+    return found
+
+
+def param_shardings(module: nnx.Module, mesh: Mesh) -> dict[str, Any]:
+    """Returns the tree of NamedShardings of a module's parameters; the module may be abstract (`nnx.eval_shape`)."""
+    axes = param_axes(module)
+    flat = {
+        ".".join(map(str, path)): variable.shape for path, variable in nnx.to_flat_state(nnx.state(module, nnx.Param))
+    }
+    return traverse_util.unflatten_dict(
+        {name: NamedSharding(mesh, spec_of(name, tuple(shape), axes[name], mesh)) for name, shape in flat.items()},
+        sep=".",
+    )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of a global batch: its first axis over all data axes."""
+    target = RULES["batch"]
+    assert isinstance(target, tuple)
+    return NamedSharding(mesh, PartitionSpec(tuple(axis for axis in target if axis in mesh.shape)))
+
+
+def global_batch(batch: Any, mesh: Mesh) -> Any:
+    """Assembles each host's part of a batch (numpy leaves) into global arrays sharded over the batch axes."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)), batch)

@@ -1,0 +1,75 @@
+"""Trains a model: `python -m unifusion_jax.train --config=configs/demo.py --workdir=runs/demo`.
+
+Any key of the config can be set on the command line, e.g. `--config.batch_size=64 --config.optimizer.learning_rate=3e-4`.
+Restarting with the same --workdir resumes from its newest checkpoint.
+"""
+
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+
+import jax
+from absl import app, flags
+from clu import parameter_overview
+from ml_collections import config_flags
+
+from unifusion_jax.config import from_mapping, to_json
+from unifusion_jax.parallel.mesh import make_mesh
+from unifusion_jax.training.checkpoints import write_config
+from unifusion_jax.training.config import TrainConfig
+from unifusion_jax.training.loop import NonFiniteError, fit
+from unifusion_jax.training.tasks import make_task
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", help_string="File with a get_config function, e.g. configs/demo.py."
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder for checkpoints, metrics.jsonl, samples/ and the exported model."
+)
+
+log = logging.getLogger("unifusion_jax")
+
+
+def run(config: TrainConfig, workdir: Path) -> dict[str, float]:
+    """Trains, scores and exports; returns the final scores, which are also written to `workdir/result.json`."""
+    started = time.perf_counter()
+    write_config(workdir, to_json(config))
+    mesh = make_mesh(config.mesh)
+    task = make_task(config, mesh)
+    shapes = jax.eval_shape(task.init, jax.random.key(0))
+    log.info("Trained parameters: %s", f"{parameter_overview.count_parameters(shapes):,}")
+    state, writer = fit(task, config, workdir, mesh)
+    trained_s = time.perf_counter() - started
+    params = state.inference_params
+    task.export(params, workdir / "export")
+    scores = task.evaluate(params)
+    writer.write(config.total_steps, {f"evaluation/{name}": value for name, value in scores.items()})
+    writer.close()
+    result = {"wall_s": time.perf_counter() - started, "training_wall_s": trained_s, **scores}
+    if jax.process_index() == 0:
+        (workdir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+        log.info("Model written to %s. %s", workdir / "export", json.dumps(result))
+    return result
+
+
+def main(argv: list[str]) -> None:
+    """Reads the flags and runs; a user's mistake ends in one line and exit status 1."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", force=True)
+    for noisy in ("absl", "jax", "orbax", "httpx"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    if len(argv) > 1:
+        sys.exit(f"Unexpected argument {argv[1]!r}. Config keys are set by --config.key=value.")
+    if _WORKDIR.value is None:
+        sys.exit("--workdir=DIR is missing: the folder for checkpoints, metrics and samples.")
+    try:
+        run(from_mapping(TrainConfig, _CONFIG.value), Path(_WORKDIR.value).expanduser())
+    except (ValueError, TypeError, FileNotFoundError, NonFiniteError) as error:
+        log.debug("Failed.", exc_info=True)
+        sys.exit(f"{type(error).__name__}: {error}")
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    app.run(main)

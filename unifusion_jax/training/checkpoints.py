@@ -1,0 +1,171 @@
+"""Saving and restoring a run as one unit: {parameters, EMA, optimizer, step, metric sums, data position, config}."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from flax import traverse_util
+
+from unifusion_jax.training.state import TrainState
+
+CONFIG_FILE = "config.json"
+_FOLDER = "checkpoints"
+
+
+class Checkpoints:
+    """The checkpoints of one workdir, written in the background.
+
+    A save that fails raises at the next call, so training never runs on believing it is safe.
+    """
+
+    def __init__(self, workdir: Path, *, every_steps: int = 1, keep: int = 3):
+        options = ocp.CheckpointManagerOptions(
+            save_interval_steps=every_steps, max_to_keep=keep, enable_async_checkpointing=True, create=True
+        )
+        self._manager = ocp.CheckpointManager(
+            (workdir / _FOLDER).absolute(),
+            options=options,
+            # Given here, so that a fresh process can read a checkpoint's shapes before it restores anything.
+            item_handlers={"state": ocp.StandardCheckpointHandler(), "data": ocp.JsonCheckpointHandler()},
+        )
+        self._workdir = workdir
+
+    def latest_step(self) -> int | None:
+        """Step of the newest complete checkpoint; None when there is none."""
+        return self._manager.latest_step()
+
+    def maybe_save(self, step: int, state: TrainState, data: dict[str, Any], *, force: bool = False) -> bool:
+        """Starts saving when the interval says so (or `force`); returns whether it did."""
+        if step == self._manager.latest_step():
+            return False
+        self._manager.check_for_errors()
+        return self._manager.save(
+            step,
+            args=ocp.args.Composite(state=ocp.args.StandardSave(as_tree(state)), data=ocp.args.JsonSave(data)),
+            force=force,
+        )
+
+    def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """Restores the newest checkpoint onto the shardings of `abstract` (any mesh, any number of hosts).
+
+        Raises:
+          ValueError: the checkpoint is of another architecture; names the first differing parameter and both shapes.
+        """
+        step = self._manager.latest_step()
+        if step is None:
+            raise FileNotFoundError(f"No checkpoint in {self._workdir / _FOLDER}.")
+        wanted = as_tree(abstract)
+        self._check_same(step, wanted)
+        restored = self._manager.restore(
+            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted), data=ocp.args.JsonRestore())
+        )
+        return from_tree(restored["state"], abstract), restored["data"]
+
+    def restore_inference(self, abstract_params: dict[str, Any]) -> dict[str, Any]:
+        """Restores only the parameters for inference: the average where there is one."""
+        step = self._manager.latest_step()
+        if step is None:
+            raise FileNotFoundError(
+                f"No complete checkpoint in {self._workdir / _FOLDER}. Let the training save one first."
+            )
+        saved = self._saved_shapes(step)
+        item = "ema" if any(name.startswith("ema.") for name in saved) else "params"
+        wanted = {item: abstract_params}
+        _compare(saved, wanted, f"{self._workdir} (step {step})", prefix=f"{item}.")
+        checkpointer = ocp.PyTreeCheckpointer()
+        path = self._workdir.absolute() / _FOLDER / str(step) / "state"
+        restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
+        return checkpointer.restore(
+            path, args=ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True)
+        )[item]
+
+    def close(self) -> None:
+        """Waits for saves in flight; raises when one failed."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+    def _saved_shapes(self, step: int) -> dict[str, tuple[int, ...]]:
+        metadata = self._manager.item_metadata(step)["state"]
+        tree = getattr(metadata, "tree", metadata)
+        flat = traverse_util.flatten_dict(tree, sep=".")
+        return {name: tuple(getattr(leaf, "shape", ()) or ()) for name, leaf in flat.items()}
+
+    def _check_same(self, step: int, wanted: dict[str, Any]) -> None:
+        _compare(self._saved_shapes(step), wanted, f"{self._workdir} (step {step})", prefix="")
+
+
+def _compare(saved: dict[str, tuple[int, ...]], wanted: dict[str, Any], where: str, *, prefix: str) -> None:
+    """Raises ValueError naming the first parameter that the checkpoint and the config disagree on."""
+    expected = {name: tuple(leaf.shape) for name, leaf in traverse_util.flatten_dict(wanted, sep=".").items()}
+    got = {name: shape for name, shape in saved.items() if name.startswith(prefix)}
+    for name in sorted(set(expected) | set(got)):
+        if expected.get(name) != got.get(name):
+            raise ValueError(
+                f"The checkpoint in {where} is of another architecture. First difference: {name}: the checkpoint has "
+                f"{_shape(got.get(name))}, the config makes {_shape(expected.get(name))}. Use the config the run was started "
+                "with, or another --workdir."
+            )
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "no such parameter" if shape is None else f"shape {shape}"
+
+
+def as_tree(state: TrainState) -> dict[str, Any]:
+    """Returns the state as nested dicts with string keys only, which is how it lies on disk.
+
+    Optimizer states are nested tuples; their leaves are numbered in order, so the file format does not depend on optax's
+    class names.
+    """
+    leaves = jax.tree.leaves(state.opt_state)
+    return {
+        "step": state.step,
+        "params": state.params,
+        "ema": state.ema,
+        "opt_state": {f"{index:05d}": leaf for index, leaf in enumerate(leaves)},
+        "metrics": state.metrics,
+    }
+
+
+def from_tree(tree: dict[str, Any], abstract: TrainState) -> TrainState:
+    """Inverse of `as_tree`; `abstract` gives the optimizer state's structure."""
+    numbered = tree["opt_state"]
+    opt_state = jax.tree.unflatten(jax.tree.structure(abstract.opt_state), [numbered[key] for key in sorted(numbered)])
+    return TrainState(tree["step"], tree["params"], tree.get("ema", {}) or {}, opt_state, tree["metrics"])
+
+
+def write_config(workdir: Path, config_json: str) -> None:
+    """Records the run's config in its workdir, or checks that it is the one recorded.
+
+    Raises:
+      ValueError: the workdir holds the run of another config; lists the keys that differ.
+    """
+    file = workdir / CONFIG_FILE
+    if file.exists():
+        differing = _differences(json.loads(file.read_text()), json.loads(config_json))
+        # A run may be continued for longer, saved or drawn more often; what it computes may not change.
+        serious = [line for line in differing if not line.startswith(_HARMLESS)]
+        if serious:
+            shown = "\n  ".join(serious[:20])
+            raise ValueError(
+                f"{workdir} holds a run of another config. Use another --workdir, or delete this one to start over. "
+                f"Differences (recorded -> given):\n  {shown}"
+            )
+    workdir.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(config_json + "\n")
+    temporary.replace(file)
+
+
+_HARMLESS = ("total_steps:", "checkpoint.", "preview.", "evaluation.", "mesh.", "data.num_workers:")
+
+
+def _differences(recorded: Any, given: Any, name: str = "") -> list[str]:
+    if isinstance(recorded, dict) and isinstance(given, dict):
+        lines = []
+        for key in sorted(set(recorded) | set(given)):
+            lines += _differences(recorded.get(key), given.get(key), f"{name}.{key}" if name else key)
+        return lines
+    return [] if recorded == given else [f"{name}: {recorded!r} -> {given!r}"]

@@ -1,0 +1,74 @@
+"""AdamW with warm-up, decay and global-norm clipping."""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import optax
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov & Hutter 2019).
+
+    Attributes:
+      learning_rate: peak rate.
+      warmup_steps: linear warm-up from 0.
+      schedule: "constant" or "cosine" after the warm-up.
+      final_scale: the cosine ends at learning_rate * final_scale.
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: added to the root of the second moment.
+      weight_decay: decoupled decay of matrices; vectors and scalars are not decayed.
+      clip_norm: gradients are scaled down to this global norm.
+    """
+
+    learning_rate: float = 1e-4
+    warmup_steps: int = 1000
+    schedule: Literal["constant", "cosine"] = "constant"
+    final_scale: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.99
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+
+    def __post_init__(self):
+        if self.learning_rate <= 0 or self.clip_norm <= 0:
+            raise ValueError(
+                f"optimizer.learning_rate and clip_norm must be positive, got {self.learning_rate} and {self.clip_norm}."
+            )
+        if self.warmup_steps < 0 or self.weight_decay < 0:
+            raise ValueError(
+                f"optimizer.warmup_steps and weight_decay must be 0 or more, got {self.warmup_steps} and {self.weight_decay}."
+            )
+
+
+def learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
+    """Returns the rate as a function of the step."""
+    warmup = min(config.warmup_steps, total_steps)
+    if config.schedule == "cosine":
+        after = optax.cosine_decay_schedule(config.learning_rate, max(1, total_steps - warmup), config.final_scale)
+    else:
+        after = optax.constant_schedule(config.learning_rate)
+    return optax.join_schedules([optax.linear_schedule(0.0, config.learning_rate, max(1, warmup)), after], [warmup])
+
+
+def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
+    """Returns clip -> AdamW. Its state mirrors the parameter tree, so it is sharded like the parameters."""
+
+    def matrices(params: Any) -> Any:
+        # A stacked block adds a leading layer axis, so the name decides, not the rank alone.
+        return jax.tree_util.tree_map_with_path(lambda path, leaf: getattr(path[-1], "key", "") == "kernel", params)
+
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            learning_rate(config, total_steps),
+            b1=config.b1,
+            b2=config.b2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            mask=matrices,
+        ),
+    )
