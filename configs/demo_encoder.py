@@ -15,7 +15,7 @@ def get_config() -> ml_collections.ConfigDict:
     config = to_config_dict(TrainConfig())
     config.task = "encoder"
     config.model = "demo"
-    config.total_steps = 2600
+    config.total_steps = 6000
     config.batch_size = 32
     config.log_every_steps = 100
     config.dtype = "float32"

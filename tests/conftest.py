@@ -1,7 +1,25 @@
 """Eight fake CPU devices in every test, and no network."""
 
 import os
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("UNIFUSION_TEST_PLATFORM", "cpu")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Many tests compile the same step. What one compiled, the others and their subprocesses read.
+_CACHE = tempfile.TemporaryDirectory(prefix="unifusion-jax-tests-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+os.environ["JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES"] = "none"
+
+import pytest  # noqa: E402  (the flags above must be set before jax is imported)
+
+
+@pytest.fixture(scope="session")
+def frozen(tmp_path_factory):
+    """Folder with a tiny encoder and a tiny autoencoder."""
+    from training_support import write_frozen
+
+    folder = tmp_path_factory.mktemp("frozen")
+    write_frozen(folder)
+    return folder

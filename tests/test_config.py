@@ -1,5 +1,6 @@
 import dataclasses
 import glob
+from pathlib import Path
 
 import ml_collections
 import pytest
@@ -26,7 +27,7 @@ def test_every_config_file_is_valid_and_says_how_to_run_it(file):
     config = from_mapping(TrainConfig, module.get_config())
     assert to_plain(config)["total_steps"] > 0
     assert f"--config={file}" in module.__doc__ and "Hardware:" in module.__doc__
-    assert len(open(file).read().splitlines()) <= 120
+    assert len(Path(file).read_text().splitlines()) <= 120
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,10 @@ def test_all_problems_are_reported_together(tmp_path, tensors):
 
 def test_rename_maps_and_ignores(tensors):
     renamed = {f"model.{name}": value for name, value in tensors.items()} | {"head.weight": np.zeros(2)}
-    rename = lambda name: name.removeprefix("model.") if name.startswith("model.") else None
+
+    def rename(name):
+        return name.removeprefix("model.") if name.startswith("model.") else None
+
     params = weights.load(ABSTRACT, renamed, RULES, rename=rename)
     np.testing.assert_array_equal(params["norm"]["scale"], tensors["norm.weight"])
 
@@ -109,7 +112,7 @@ def test_bfloat16_survives(tmp_path):
 
 @pytest.mark.parametrize("path", ["/no/such/folder", "not a path or id"])
 def test_missing_folder_is_explained(path):
-    with pytest.raises(FileNotFoundError, match="Expected a folder with config.json"):
+    with pytest.raises(FileNotFoundError, match=r"Expected a folder with config\.json"):
         weights.resolve(path)
 
 

@@ -13,8 +13,11 @@ import ml_collections
 T = TypeVar("T")
 
 
-def to_config_dict(config: Any) -> ml_collections.ConfigDict:
-    """Returns a frozen dataclass as an `ml_collections.ConfigDict` that a config file can change."""
+def to_config_dict(config: Any) -> Any:
+    """Returns a frozen dataclass as an `ml_collections.ConfigDict` that a config file can change.
+
+    Declared `Any`, since the keys of a ConfigDict are beyond type checkers; `from_mapping` checks them.
+    """
     return ml_collections.ConfigDict(to_plain(config), convert_dict=True)
 
 

@@ -21,7 +21,7 @@ _FORMAT = "unifusion_jax"
 
 def write(folder: Path, config: TrainConfig, model: ModelConfig, params: weights.Params, *, dtype: Any = None) -> None:
     """Writes a model folder. `dtype` is the type to store; the parameters' own when None."""
-    flat = traverse_util.flatten_dict(params, sep=".")
+    flat: dict[str, Any] = dict(traverse_util.flatten_dict(params, sep="."))
     tensors = {name: np.asarray(value if dtype is None else value.astype(dtype)) for name, value in flat.items()}
     weights.save(tensors, folder / WEIGHTS_FILE, metadata={"format": _FORMAT})
     content = {"format": _FORMAT, "model": to_plain(model), "config": to_plain(config)}

@@ -96,6 +96,7 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.full((features,), 1.0 - offset, param_dtype), axes=(axis,))
 
     def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
+        """Returns the normalised input, in its own dtype."""
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
         if self.offset:
@@ -156,6 +157,7 @@ class SwiGLU(nnx.Module):
         self.down = linear(hidden, features, ("mlp", "embed"), **options)
 
     def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
+        """Applies the layer to each position."""
         return self.down(self.activation(self.gate(x)) * self.up(x))
 
 

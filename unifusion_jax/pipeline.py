@@ -64,7 +64,7 @@ class UniFusion:
         model_config: ModelConfig,
         params: weights.Params,
     ):
-        _check_fit(encoder, autoencoder, model_config)
+        check_fit(encoder, autoencoder, model_config)
         self.encoder, self.autoencoder = encoder, autoencoder
         self.config, self.model_config, self.params = config, model_config, params
         self._sample = jax.jit(
@@ -289,7 +289,7 @@ def _longest_target(config: TrainConfig) -> int:
     return int(budget["max_kept_tokens"]) if budget else 256
 
 
-def _check_fit(encoder: Encoder, autoencoder: Autoencoder, model: ModelConfig) -> None:
+def check_fit(encoder: Encoder, autoencoder: Autoencoder, model: ModelConfig) -> None:
     """Raises ValueError naming the dimension in which frozen and trained parts disagree."""
     pairs = (
         ("exported layers (encoder.layers)", len(encoder.layers), model.num_layers),

@@ -14,9 +14,9 @@ from absl import app, flags
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "Exported folder or training workdir; the bundled demo if not given."
 )
-_PROMPT = flags.DEFINE_string("prompt", None, "What to draw, or how to change the picture given by --image.")
+_PROMPT = flags.DEFINE_string("prompt", "", "What to draw, or how to change the picture given by --image.")
 _IMAGE = flags.DEFINE_multi_string("image", [], "Reference picture; repeat the flag for several.")
-_OUTPUT = flags.DEFINE_string("output", None, "PNG, JPEG or WebP file to write.")
+_OUTPUT = flags.DEFINE_string("output", "", "PNG, JPEG or WebP file to write.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the initial noise.")
 _STEPS = flags.DEFINE_integer("steps", 30, "Solver steps.")
 _GUIDANCE = flags.DEFINE_float("guidance", 3.0, "Classifier-free guidance scale; 1 is off.")
@@ -68,6 +68,9 @@ def main(argv: list[str]) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s", force=True)
     if len(argv) > 1:
         sys.exit(f"Unexpected argument {argv[1]!r}; see --help.")
+    for flag in (_PROMPT, _OUTPUT):
+        if not flag.value:
+            sys.exit(f"--{flag.name} is missing; see --help.")
     try:
         run()
     except (ValueError, FileNotFoundError, OSError) as error:
@@ -75,5 +78,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["prompt", "output"])
     app.run(main)

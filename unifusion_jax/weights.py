@@ -175,8 +175,8 @@ def load(
     Raises:
       ValueError: with all missing, unexpected and misshapen tensors listed together.
     """
-    wanted = traverse_util.flatten_dict(abstract, sep=".")
-    placed = traverse_util.flatten_dict(shardings, sep=".") if shardings else {}
+    wanted: dict[str, Any] = dict(traverse_util.flatten_dict(abstract, sep="."))
+    placed: dict[str, Any] = dict(traverse_util.flatten_dict(shardings, sep=".")) if shardings else {}
     parts, problems = _assign(list(_names(source)), rules, rename, set(wanted))
     problems += [f"missing: {target}" for target in sorted(wanted) if target not in parts]
     read = source.read if isinstance(source, SafetensorsFolder) else source.__getitem__

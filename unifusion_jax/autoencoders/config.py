@@ -162,7 +162,8 @@ class AutoencoderKLConfig:
         given = {known[key]: _tupled(value) for key, value in values.items() if key in known}
         given = (_FLUX2_DEFAULTS if flux2 else _DIFFUSERS_DEFAULTS) | given
         usual_pack = _patch_side(values) if flux2 else _default_pack(len(given["block_out_channels"]))
-        return cls(**given | {"pack": pack or values.get(_PACK_KEY) or usual_pack})
+        fields: dict[str, Any] = given | {"pack": pack or values.get(_PACK_KEY) or usual_pack}
+        return cls(**fields)
 
     def to_diffusers(self) -> dict[str, Any]:
         """Returns the content of a `config.json` that diffusers' class of the same name loads."""

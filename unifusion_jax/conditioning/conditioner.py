@@ -2,7 +2,7 @@
 
 import dataclasses
 import difflib
-from typing import Any, Literal
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -40,7 +40,7 @@ class ConditioningConfig:
     refiner_blocks: int = 2
     refiner_heads: int = 32
     refiner_ffn_ratio: float = 2.0
-    refiner_position: Literal["after_lap", "before_lap"] = "after_lap"
+    refiner_position: str = "after_lap"
 
     def __post_init__(self):
         if self.strategy not in STRATEGIES:

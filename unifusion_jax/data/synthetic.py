@@ -21,8 +21,45 @@ _EMOJI_BLOCKS = (
     (0x1F000, 0x1FAFF),
 )
 # Words of emoji sequences, which have no code point and so no name of their own.
-_PEOPLE = ["astronaut", "cook", "detective", "farmer", "firefighter", "guard", "health", "worker", "judge", "mechanic", "office", "worker", "pilot", "police", "officer", "prince", "princess", "scientist", "singer", "student", "superhero", "teacher", "technologist", "artist", "construction", "worker", "elf", "fairy", "genie", "mage", "mermaid", "vampire", "zombie", "biking", "bouncing", "ball", "bowing", "cartwheeling", "facepalming", "frowning", "gesturing", "no", "gesturing", "ok", "getting", "haircut", "getting", "massage", "golfing", "in", "lotus", "position", "in", "steamy", "room", "in", "tuxedo", "juggling", "kneeling", "lifting", "weights", "mountain", "biking", "playing", "handball", "playing", "water", "polo", "pouting", "raising", "hand", "rowing", "boat", "running", "shaking", "hands", "shrugging", "standing", "surfing", "swimming", "tipping", "hand", "walking", "wearing", "turban", "with", "veil", "with", "white", "cane", "climbing", "holding", "hands", "kissing", "wrestling", "pushing", "beard", "curly", "hair", "red", "hair", "white", "hair", "bald", "blond", "hair", "feeding", "baby", "in", "motorized", "wheelchair"]
-_FLAGS = ["afghanistan", "albania", "algeria", "american samoa", "andorra", "angola", "anguilla", "antarctica", "antigua and barbuda", "argentina", "armenia", "aruba", "ascension island", "australia", "austria", "azerbaijan", "bahamas", "bahrain", "bangladesh", "barbados", "belarus", "belgium", "belize", "benin", "bermuda", "bhutan", "bolivia", "bosnia and herzegovina", "botswana", "bouvet island", "brazil", "british indian ocean territory", "british virgin islands", "brunei", "bulgaria", "burkina faso", "burundi", "cambodia", "cameroon", "canada", "canary islands", "cape verde", "cayman islands", "central african republic", "chad", "chile", "china", "christmas island", "cocos islands", "colombia", "comoros", "congo", "cook islands", "costa rica", "croatia", "cuba", "curacao", "cyprus", "czechia", "denmark", "djibouti", "dominica", "dominican republic", "ecuador", "egypt", "el salvador", "england", "equatorial guinea", "eritrea", "estonia", "eswatini", "ethiopia", "european union", "falkland islands", "faroe islands", "fiji", "finland", "france", "french guiana", "french polynesia", "gabon", "gambia", "georgia", "germany", "ghana", "gibraltar", "greece", "greenland", "grenada", "guadeloupe", "guam", "guatemala", "guernsey", "guinea", "guyana", "haiti", "honduras", "hong kong", "hungary", "iceland", "india", "indonesia", "iran", "iraq", "ireland", "isle of man", "israel", "italy", "jamaica", "japan", "jersey", "jordan", "kazakhstan", "kenya", "kiribati", "kosovo", "kuwait", "kyrgyzstan", "laos", "latvia", "lebanon", "lesotho", "liberia", "libya", "liechtenstein", "lithuania", "luxembourg", "macao", "madagascar", "malawi", "malaysia", "maldives", "mali", "malta", "marshall islands", "martinique", "mauritania", "mauritius", "mayotte", "mexico", "micronesia", "moldova", "monaco", "mongolia", "montenegro", "montserrat", "morocco", "mozambique", "myanmar", "namibia", "nauru", "nepal", "netherlands", "new caledonia", "new zealand", "nicaragua", "niger", "nigeria", "niue", "norfolk island", "north korea", "north macedonia", "norway", "oman", "pakistan", "palau", "palestinian territories", "panama", "papua new guinea", "paraguay", "peru", "philippines", "pitcairn islands", "poland", "portugal", "puerto rico", "qatar", "romania", "russia", "rwanda", "saint lucia", "samoa", "san marino", "saudi arabia", "scotland", "senegal", "serbia", "seychelles", "sierra leone", "singapore", "slovakia", "slovenia", "solomon islands", "somalia", "south africa", "south korea", "south sudan", "spain", "sri lanka", "st helena", "sudan", "suriname", "sweden", "switzerland", "syria", "taiwan", "tajikistan", "tanzania", "thailand", "timor leste", "togo", "tokelau", "tonga", "trinidad and tobago", "tunisia", "turkey", "turkmenistan", "tuvalu", "uganda", "ukraine", "united arab emirates", "united kingdom", "united nations", "united states", "uruguay", "uzbekistan", "vanuatu", "vatican city", "venezuela", "vietnam", "wales", "western sahara", "yemen", "zambia", "zimbabwe"]
+_PEOPLE = """
+    astronaut cook detective farmer firefighter guard health worker judge mechanic office worker pilot police
+    officer prince princess scientist singer student superhero teacher technologist artist construction worker elf
+    fairy genie mage mermaid vampire zombie biking bouncing ball bowing cartwheeling facepalming frowning gesturing
+    no gesturing ok getting haircut getting massage golfing in lotus position in steamy room in tuxedo juggling
+    kneeling lifting weights mountain biking playing handball playing water polo pouting raising hand rowing boat
+    running shaking hands shrugging standing surfing swimming tipping hand walking wearing turban with veil with
+    white cane climbing holding hands kissing wrestling pushing beard curly hair red hair white hair bald blond
+    hair feeding baby in motorized wheelchair
+""".split()
+_FLAGS = [
+    name.strip()
+    for name in """
+    afghanistan, albania, algeria, american samoa, andorra, angola, anguilla, antarctica, antigua and barbuda,
+    argentina, armenia, aruba, ascension island, australia, austria, azerbaijan, bahamas, bahrain, bangladesh,
+    barbados, belarus, belgium, belize, benin, bermuda, bhutan, bolivia, bosnia and herzegovina, botswana,
+    bouvet island, brazil, british indian ocean territory, british virgin islands, brunei, bulgaria, burkina faso,
+    burundi, cambodia, cameroon, canada, canary islands, cape verde, cayman islands, central african republic,
+    chad, chile, china, christmas island, cocos islands, colombia, comoros, congo, cook islands, costa rica,
+    croatia, cuba, curacao, cyprus, czechia, denmark, djibouti, dominica, dominican republic, ecuador, egypt,
+    el salvador, england, equatorial guinea, eritrea, estonia, eswatini, ethiopia, european union,
+    falkland islands, faroe islands, fiji, finland, france, french guiana, french polynesia, gabon, gambia,
+    georgia, germany, ghana, gibraltar, greece, greenland, grenada, guadeloupe, guam, guatemala, guernsey, guinea,
+    guyana, haiti, honduras, hong kong, hungary, iceland, india, indonesia, iran, iraq, ireland, isle of man,
+    israel, italy, jamaica, japan, jersey, jordan, kazakhstan, kenya, kiribati, kosovo, kuwait, kyrgyzstan, laos,
+    latvia, lebanon, lesotho, liberia, libya, liechtenstein, lithuania, luxembourg, macao, madagascar, malawi,
+    malaysia, maldives, mali, malta, marshall islands, martinique, mauritania, mauritius, mayotte, mexico,
+    micronesia, moldova, monaco, mongolia, montenegro, montserrat, morocco, mozambique, myanmar, namibia, nauru,
+    nepal, netherlands, new caledonia, new zealand, nicaragua, niger, nigeria, niue, norfolk island, north korea,
+    north macedonia, norway, oman, pakistan, palau, palestinian territories, panama, papua new guinea, paraguay,
+    peru, philippines, pitcairn islands, poland, portugal, puerto rico, qatar, romania, russia, rwanda,
+    saint lucia, samoa, san marino, saudi arabia, scotland, senegal, serbia, seychelles, sierra leone, singapore,
+    slovakia, slovenia, solomon islands, somalia, south africa, south korea, south sudan, spain, sri lanka,
+    st helena, sudan, suriname, sweden, switzerland, syria, taiwan, tajikistan, tanzania, thailand, timor leste,
+    togo, tokelau, tonga, trinidad and tobago, tunisia, turkey, turkmenistan, tuvalu, uganda, ukraine,
+    united arab emirates, united kingdom, united nations, united states, uruguay, uzbekistan, vanuatu,
+    vatican city, venezuela, vietnam, wales, western sahara, yemen, zambia, zimbabwe
+""".split(",")
+]
 _SKIN_TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
 
 

@@ -43,6 +43,7 @@ class SelfAttention(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], mask: Bool[Array, "B T"] | None, rope: RopeTable | None
     ) -> Float[Array, "B T D"]:
+        """Returns the attended tokens; `mask` marks those that exist."""
         query, key, value = self.project(x, rope)
         return self.out(attention(query, key, value, kv_mask=mask).reshape(x.shape))
 
@@ -78,6 +79,7 @@ class Block(nnx.Module):
         rope: RopeTable | None = None,
         modulation: Float[Array, "B 6 D"] | None = None,
     ) -> Float[Array, "B T D"]:
+        """Applies the block; `mask` marks the tokens that exist."""
         if modulation is None:
             x = x + self.attention(self.attention_norm(x), mask, rope)
             return x + self.ffn(self.ffn_norm(x))

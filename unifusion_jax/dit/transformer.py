@@ -160,6 +160,7 @@ class ModulatedBlock(nnx.Module):
         rope: tuple[Float[Array, "T F"], Float[Array, "T F"]],
         shared: Float[Array, "B 6 D"],
     ) -> Float[Array, "B T D"]:
+        """Applies the block with its modulation, `shared` plus its own table."""
         return self.block(x, mask=mask, rope=rope, modulation=shared + self.table[...].astype(shared.dtype))
 
 

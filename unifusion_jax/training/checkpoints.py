@@ -89,7 +89,7 @@ class Checkpoints:
     def _saved_shapes(self, step: int) -> dict[str, tuple[int, ...]]:
         metadata = self._manager.item_metadata(step)["state"]
         tree = getattr(metadata, "tree", metadata)
-        flat = traverse_util.flatten_dict(tree, sep=".")
+        flat: dict[str, Any] = dict(traverse_util.flatten_dict(tree, sep="."))
         return {name: tuple(getattr(leaf, "shape", ()) or ()) for name, leaf in flat.items()}
 
     def _check_same(self, step: int, wanted: dict[str, Any]) -> None:
@@ -98,7 +98,8 @@ class Checkpoints:
 
 def _compare(saved: dict[str, tuple[int, ...]], wanted: dict[str, Any], where: str, *, prefix: str) -> None:
     """Raises ValueError naming the first parameter that the checkpoint and the config disagree on."""
-    expected = {name: tuple(leaf.shape) for name, leaf in traverse_util.flatten_dict(wanted, sep=".").items()}
+    flat: dict[str, Any] = dict(traverse_util.flatten_dict(wanted, sep="."))
+    expected = {name: tuple(leaf.shape) for name, leaf in flat.items()}
     got = {name: shape for name, shape in saved.items() if name.startswith(prefix)}
     for name in sorted(set(expected) | set(got)):
         if expected.get(name) != got.get(name):

@@ -11,7 +11,7 @@ from unifusion_jax.parallel.mesh import MeshConfig
 from unifusion_jax.training.optimizer import OptimizerConfig
 
 
-def _at_least(name: str, value: int | float, least: int | float) -> None:
+def _at_least(name: str, value: float, least: float) -> None:
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}.")
 
@@ -143,17 +143,17 @@ class TrainConfig:
     remat: Literal["none", "full"] = "none"
     init_from: str = ""
     model: str = ""
-    mesh: MeshConfig = MeshConfig()
-    encoder: EncoderRef = EncoderRef()
-    autoencoder: AutoencoderRef = AutoencoderRef()
-    conditioning: ConditioningConfig = ConditioningConfig()
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    encoder: EncoderRef = dataclasses.field(default_factory=EncoderRef)
+    autoencoder: AutoencoderRef = dataclasses.field(default_factory=AutoencoderRef)
+    conditioning: ConditioningConfig = dataclasses.field(default_factory=ConditioningConfig)
     dit: DiTConfig = dataclasses.field(default_factory=DiTConfig.dit_8b)
-    flow: FlowConfig = FlowConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    data: DataConfig = DataConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    preview: PreviewConfig = PreviewConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
+    flow: FlowConfig = dataclasses.field(default_factory=FlowConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    preview: PreviewConfig = dataclasses.field(default_factory=PreviewConfig)
+    evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
 
     def __post_init__(self):
         _at_least("total_steps", self.total_steps, 1)

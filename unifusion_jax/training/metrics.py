@@ -32,7 +32,7 @@ def averages(sums: Metrics) -> dict[str, float | None]:
     """Turns running [sum, weight] pairs into means; None where nothing was counted."""
     means = {}
     for name, pair in jax.device_get(sums).items():
-        mean = clu_metrics.Average(total=np.asarray(pair[0]), count=np.asarray(pair[1]))
+        mean = clu_metrics.Average(total=pair[0], count=pair[1])  # pyright: ignore[reportCallIssue] (a flax dataclass)
         means[name] = float(mean.compute()) if pair[1] else None
     return means
 

@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
 
 Params = dict[str, Any]
-Metrics = dict[str, Float[Array, " two"]]
+Metrics = dict[str, Any]
 
 
 @jax.tree_util.register_dataclass
@@ -18,16 +17,18 @@ Metrics = dict[str, Float[Array, " two"]]
 class TrainState:
     """The device-side state of a run, saved as one unit.
 
+    Its leaves may also be shapes, shardings or other stand-ins, so the annotations name no array type.
+
     Attributes:
-      step: optimizer steps done.
+      step: int32 scalar, optimizer steps done.
       params: float32 parameters.
       ema: their exponential moving average, sharded like them; an empty dict when it is off.
       opt_state: optimizer state.
-      metrics: name -> [sum, weight] since the last logged step. They are part of the state, so that an interrupted run logs
+      metrics: name -> float32 [sum, weight] since the last logged step. Part of the state, so that an interrupted run logs
         the same averages as an uninterrupted one.
     """
 
-    step: Int[Array, ""]
+    step: Any
     params: Params
     ema: Params
     opt_state: optax.OptState
@@ -52,8 +53,8 @@ def create_state(
     )
 
 
-def state_shardings(abstract: TrainState, param_shardings: Params, mesh: Mesh) -> TrainState:
-    """Shardings of a state: whatever has the parameters' tree is sharded like them, the rest is replicated."""
+def state_shardings(abstract: TrainState, param_shardings: Params, mesh: Mesh) -> Any:
+    """Returns a `TrainState` of shardings: what has the parameters' tree is sharded like them, the rest is replicated."""
     replicated = NamedSharding(mesh, PartitionSpec())
     params_tree = jax.tree.structure(abstract.params)
 
@@ -64,10 +65,11 @@ def state_shardings(abstract: TrainState, param_shardings: Params, mesh: Mesh) -
         return param_shardings if is_params(node) else jax.tree.map(lambda _: replicated, node)
 
     opt_state = jax.tree.map(place, abstract.opt_state, is_leaf=is_params)
-    return TrainState(
-        step=replicated,
-        params=param_shardings,
-        ema=param_shardings if abstract.ema else {},
-        opt_state=opt_state,
-        metrics=jax.tree.map(lambda _: replicated, abstract.metrics),
-    )
+    placed: dict[str, Any] = {
+        "step": replicated,
+        "params": param_shardings,
+        "ema": param_shardings if abstract.ema else {},
+        "opt_state": opt_state,
+        "metrics": jax.tree.map(lambda _: replicated, abstract.metrics),
+    }
+    return TrainState(**placed)

@@ -1,7 +1,7 @@
 """One optimizer step as a pure function over pytrees."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,15 +20,15 @@ def make_train_step(
 ) -> Callable[[TrainState, Any, Any, Any], TrainState]:
     """Returns `step(state, frozen, batch, static) -> state`, to be compiled with `static` static.
 
-    `loss(params, frozen, batch, key, static)` returns the scalar to descend and metrics as (sum, weight) pairs. The loss, the gradient
-    norm and the metrics are added to the state's running sums; nothing is sent to the host.
+    `loss(params, frozen, batch, key, static)` returns the scalar to descend and metrics as (sum, weight) pairs. The loss, the
+    gradient norm and the metrics are added to the state's running sums; nothing is sent to the host.
     """
 
     def train_step(state: TrainState, frozen: Any, batch: Any, static: Any) -> TrainState:
         key = stream_key(seed, "train", state.step)
         (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params, frozen, batch, key, static)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params = cast(Params, optax.apply_updates(state.params, updates))
         one = jnp.ones(())
         metrics = {"loss": (value, one), "grad_norm": (optax.global_norm(grads), one), **metrics}
         return TrainState(

@@ -1,6 +1,6 @@
 """What a training run trains: the part that differs between the diffusion model and the two frozen networks it needs."""
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import PIL.Image
 from jaxtyping import Array, Float, Key
@@ -11,6 +11,7 @@ from unifusion_jax.training.state import Params
 from unifusion_jax.training.step import Sums
 
 
+@runtime_checkable
 class Task(Protocol):
     """One kind of training. The loop calls these and knows nothing else about what it trains.
 

@@ -41,7 +41,7 @@ class AutoencoderTask:
         self.model_config: AutoencoderKLConfig = getattr(AutoencoderKLConfig, config.model or "demo")()
         self.metric_names = list(_NAMES)
         self.frozen = {}
-        self.flops_per_sample = None
+        self.flops_per_sample: float | None = None
         abstract = nnx.eval_shape(lambda: AutoencoderKL(self.model_config, rngs=nnx.Rngs(0)))
         self.graphdef = nnx.graphdef(abstract)
         self.param_shardings = param_shardings(abstract, mesh)

@@ -46,7 +46,7 @@ class EncoderTask:
         self.model_config: InternVLConfig = getattr(InternVLConfig, config.model or "demo")(_VOCAB_SIZE)
         self.mixture = open_mixture(config, multiple_of_px=self.model_config.vision.image_px)
         self.frozen = {}
-        self.flops_per_sample = None
+        self.flops_per_sample: float | None = None
         self.metric_names = ["token_accuracy", *(f"loss_{bucket.task}" for bucket in self.mixture.buckets)]
         abstract = nnx.eval_shape(lambda: InternVL(self.model_config, rngs=nnx.Rngs(0)))
         self.graphdef = nnx.graphdef(abstract)
@@ -60,7 +60,7 @@ class EncoderTask:
 
     def _texts(self) -> list[str]:
         """What the tokenizer is trained on: the words of all sources and the system prompts."""
-        texts = list(dataclasses.astuple(self.prompts)) + [DESCRIBE_PROMPT]
+        texts = [*dataclasses.astuple(self.prompts), DESCRIBE_PROMPT]
         for stream in self.mixture.streams:
             for index in range(min(_TOKENIZER_RECORDS, len(stream.indices))):
                 record = stream.source[int(stream.indices[index])]

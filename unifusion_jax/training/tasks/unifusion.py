@@ -24,7 +24,7 @@ from unifusion_jax.flow import flow_matching_loss, loss_by_bin, sample_timesteps
 from unifusion_jax.images import grid, to_float
 from unifusion_jax.model import UniFusionModel
 from unifusion_jax.parallel.sharding import param_shardings
-from unifusion_jax.pipeline import UniFusion, load_frozen, model_config_of
+from unifusion_jax.pipeline import UniFusion, check_fit, load_frozen, model_config_of
 from unifusion_jax.prompt import Prompt
 from unifusion_jax.training.config import TrainConfig
 from unifusion_jax.training.flops import training_flops
@@ -50,6 +50,7 @@ class UniFusionTask:
         self.config = config
         self.encoder, self.autoencoder = load_frozen(config, mesh)
         self.model_config = model_config_of(config, self.encoder)
+        check_fit(self.encoder, self.autoencoder, self.model_config)
         abstract = nnx.eval_shape(lambda: self._module(nnx.Rngs(0)))
         self.graphdef = nnx.graphdef(abstract)
         self.param_shardings = param_shardings(abstract, mesh)
@@ -60,7 +61,7 @@ class UniFusionTask:
         tasks = sorted({bucket.task for bucket in self.mixture.buckets})
         bins = range(config.flow.loss_bins)
         self.metric_names = [*(f"loss_t{index}" for index in bins), *(f"loss_{task}" for task in tasks)]
-        self.flops_per_sample = training_flops(
+        self.flops_per_sample: float | None = training_flops(
             self.model_config, self.mixture, self.autoencoder.downsample, config.flow.timesteps_per_sample
         )
         self._pipeline: UniFusion | None = None
@@ -155,18 +156,14 @@ def prompt_of(record: Record, prompts: Any) -> Prompt:
 def _build_row(
     record: Record, bucket: Bucket, *, processor: Any, prompts: Any, tiles_per_image: int
 ) -> tuple[np.ndarray, Row]:
-    row = processor.prepare_row(prompt_of(record, prompts), max_tiles=tiles_per_image)
-    kept = int(row.keep.sum())
-    if kept > bucket.max_kept_tokens:
-        raise ValueError(
-            f"the condition has {kept} tokens, but data.budgets.{bucket.task}.max_kept_tokens is {bucket.max_kept_tokens}. "
-            "Raise it, shorten the target, or lower data.tiles_per_image."
-        )
-    return np.asarray(record.image), row
+    return np.asarray(record.image), processor.prepare_row(prompt_of(record, prompts), max_tiles=tiles_per_image)
 
 
 def _collate(rows: Sequence[tuple[np.ndarray, Row]], bucket: Bucket, *, processor: Any) -> dict[str, Any]:
     prompt: EncoderBatch = processor.collate(
-        [row for _, row in rows], max_tokens=bucket.max_tokens, row_tiles=bucket.max_tiles
+        [row for _, row in rows],
+        max_tokens=bucket.max_tokens,
+        row_tiles=bucket.max_tiles,
+        max_kept=bucket.max_kept_tokens,
     )
     return {"image": np.stack([image for image, _ in rows]), "prompt": prompt}

@@ -1,0 +1,130 @@
+"""The commands as a user calls them, in processes of their own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import PIL.Image
+import pytest
+from test_training import logged
+
+from unifusion_jax.train import run as run_training  # noqa: F401  (imported here so that a broken import fails once)
+
+CONFIG = "tests/tiny_run.py"
+ENVIRONMENT = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.getcwd()}
+
+
+def command(module, *arguments):
+    return [sys.executable, "-m", f"unifusion_jax.{module}", *arguments]
+
+
+def call(module, *arguments):
+    return subprocess.run(command(module, *arguments), env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def trained(frozen, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("cli") / "run"
+    done = call("train", f"--config={CONFIG}:{frozen}", f"--workdir={workdir}")
+    assert done.returncode == 0, done.stderr
+    return workdir
+
+
+def test_a_run_killed_at_any_time_and_restarted_logs_the_same_losses(trained, frozen, tmp_path):
+    arguments = command("train", f"--config={CONFIG}:{frozen}", f"--workdir={tmp_path / 'run'}")
+    metrics = tmp_path / "run/metrics.jsonl"
+    for lines in (3, 11):
+        process = subprocess.Popen(arguments, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 240
+        while not (metrics.exists() and len(metrics.read_text().splitlines()) >= lines):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, timeout=300).returncode == 0
+    assert logged(tmp_path / "run") == logged(trained)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.batch_sise=4"], "batch_sise"),
+        (["--config.batch_size=four"], "four"),
+        (["--config.optimizer.learning_rate=-1"], "optimizer.learning_rate and clip_norm must be positive, got -1.0"),
+        (["--config.encoder.path=/no/such"], "No folder '/no/such'"),
+        (["surplus"], "Unexpected argument 'surplus'"),
+    ],
+)
+def test_train_refuses_with_a_message_and_a_status(frozen, tmp_path, arguments, message):
+    done = call("train", f"--config={CONFIG}:{frozen}", f"--workdir={tmp_path / 'run'}", *arguments)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+def test_train_resume_under_another_config_is_refused(trained, frozen):
+    before = (trained / "metrics.jsonl").read_bytes()
+    done = call("train", f"--config={CONFIG}:{frozen}", f"--workdir={trained}", "--config.seed=5")
+    assert done.returncode == 1
+    assert "holds a run of another config" in done.stderr and "seed: 0 -> 5" in done.stderr
+    assert (trained / "metrics.jsonl").read_bytes() == before
+
+
+def test_sample_draws_and_edits(trained, tmp_path):
+    first, second = tmp_path / "first.png", tmp_path / "second.jpg"
+    done = call("sample", f"--checkpoint={trained}", "--prompt=a red circle", f"--output={first}", "--steps=2")
+    assert done.returncode == 0, done.stderr
+    assert "Description: " in done.stdout
+    assert PIL.Image.open(first).size == (96, 96)
+    done = call(
+        "sample", f"--checkpoint={trained / 'export'}", "--prompt=make it blue", f"--image={first}", f"--output={second}",
+        "--steps=2", "--size=128x96", "--norewrite",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert PIL.Image.open(second).size == (128, 96)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps=0"], "steps must be at least 1, got 0"),
+        (["--size=100"], "multiples of 16 px, got 100x100. The nearest is 96x96"),
+        (["--size=big"], "--size must be a side in px"),
+        (["--image=missing.png"], "no image file 'missing.png'"),
+        (["--image=tests/test_cli.py"], "test_cli.py cannot be used: not an image"),
+        (["--prompt="], "--prompt is missing"),
+        (["--checkpoint=tests"], "config.json does not exist"),
+    ],
+)
+def test_sample_refuses_and_leaves_no_file(trained, tmp_path, arguments, message):
+    output = tmp_path / "out.png"
+    given = [f"--checkpoint={trained}", "--prompt=a red circle", f"--output={output}", "--steps=2", *arguments]
+    done = call("sample", *given)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_output_of_no_image_format_is_refused_before_the_model_runs(trained, tmp_path):
+    done = call("sample", f"--checkpoint={trained}", "--prompt=x", f"--output={tmp_path / 'out.txt'}")
+    assert done.returncode == 1
+    assert "must end in .png, .jpg or .webp, got 'out.txt'" in done.stderr
+
+
+@pytest.mark.parametrize("module", ["train", "sample", "prepare"])
+def test_help_teaches(module):
+    done = call(module, "--help")
+    assert f"python -m unifusion_jax.{module}" in done.stdout
+
+
+def test_the_same_seed_draws_the_same_picture(trained, tmp_path):
+    pixels = []
+    for name in ("a.png", "b.png"):
+        call("sample", f"--checkpoint={trained}", "--prompt=x", f"--output={tmp_path / name}", "--steps=2", "--seed=3")
+        pixels.append(np.asarray(PIL.Image.open(tmp_path / name)))
+    np.testing.assert_array_equal(*pixels)
+    assert json.loads((trained / "result.json").read_text())["wall_s"] > 0

@@ -1,0 +1,167 @@
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from training_support import tiny_config
+
+from unifusion_jax.config import from_mapping
+from unifusion_jax.parallel.mesh import make_mesh
+from unifusion_jax.pipeline import UniFusion
+from unifusion_jax.train import run
+from unifusion_jax.training.checkpoints import Checkpoints
+from unifusion_jax.training.config import TrainConfig
+from unifusion_jax.training.loop import NonFiniteError, fit
+from unifusion_jax.training.tasks import make_task
+
+
+def parsed(frozen, **changes) -> TrainConfig:
+    return from_mapping(TrainConfig, tiny_config(str(frozen), **changes))
+
+
+def train(config, workdir):
+    mesh = make_mesh(config.mesh)
+    state, writer = fit(make_task(config, mesh), config, workdir, mesh)
+    writer.close()
+    return state
+
+
+def logged(workdir):
+    """What the training computed, without what the clock says."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    timing = {"images_per_s", "step_time_s", "data_wait_s", "mfu"}
+    return [{key: value for key, value in line.items() if key not in timing} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def straight(frozen, tmp_path_factory):
+    """Ten steps in one go."""
+    workdir = tmp_path_factory.mktemp("straight")
+    return train(parsed(frozen), workdir), workdir
+
+
+def assert_same(left, right):
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b), left, right)
+
+
+def test_metrics_have_the_promised_keys(straight):
+    _, workdir = straight
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 6, 8, 10]
+    for line in lines:
+        assert {"loss", "grad_norm", "images_per_s", "step_time_s", "data_wait_s", "mfu", "loss_t0"} <= line.keys()
+        assert line["mfu"] is None  # a CPU has no peak in the table
+        assert line["loss"] > 0
+    assert any(line["loss_edit"] is not None for line in lines)
+    assert list((workdir / "tensorboard").iterdir())
+
+
+def test_interrupted_run_equals_the_uninterrupted_one_bit_for_bit(straight, frozen, tmp_path):
+    # Stops at 5 with checkpoints at 3 and 5; the log interval of 2 is cut in the middle.
+    train(parsed(frozen, total_steps=5), tmp_path)
+    resumed = train(parsed(frozen), tmp_path)
+    state, workdir = straight
+    assert_same(resumed, state)
+    assert logged(tmp_path)[-2:] == logged(workdir)[-2:]
+
+
+def test_restore_on_another_mesh_is_bit_equal(straight, frozen):
+    state, workdir = straight
+    for sizes in ({"data": 1, "fsdp": 4, "tensor": 2}, {"data": 8, "fsdp": 1, "tensor": 1}):
+        config = parsed(frozen, mesh=sizes | {"sequence": 1})
+        restored = train(config, workdir)  # nothing is left to train, so this only restores
+        assert_same(restored, state)
+        kernel = restored.params["dit"]["blocks"]["blocks"]["block"]["ffn"]["gate"]["kernel"]
+        assert kernel.sharding.shard_shape(kernel.shape)[1] == 32 // sizes["fsdp"]
+
+
+def test_a_sharded_run_computes_what_one_device_computes(straight, frozen, tmp_path):
+    _, workdir = straight
+    train(parsed(frozen, mesh={"data": 2, "fsdp": 2, "sequence": 1, "tensor": 2}, total_steps=4), tmp_path)
+    for sharded, plain in zip(logged(tmp_path), logged(workdir), strict=False):
+        # Sums run in another order on another mesh: float32 agrees to about 1e-4 after a few Adam steps.
+        assert sharded["loss"] == pytest.approx(plain["loss"], rel=1e-4)
+        assert sharded["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-3)
+
+
+def test_optimizer_state_is_sharded_like_the_parameters(frozen, tmp_path):
+    config = parsed(frozen, mesh={"data": 1, "fsdp": 8, "sequence": 1, "tensor": 1}, total_steps=1)
+    state = train(config, tmp_path)
+    kernel = state.params["dit"]["blocks"]["blocks"]["block"]["ffn"]["gate"]["kernel"]
+    alike = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.shape == kernel.shape]
+    assert len(alike) >= 2
+    assert any(leaf.sharding == kernel.sharding and not kernel.sharding.is_fully_replicated for leaf in alike)
+    assert state.ema["dit"]["blocks"]["blocks"]["block"]["ffn"]["gate"]["kernel"].sharding == kernel.sharding
+
+
+def test_checkpoint_of_another_architecture_names_the_first_difference(straight, frozen):
+    _, workdir = straight
+    config = parsed(frozen)
+    config = dataclasses.replace(config, dit=dataclasses.replace(config.dit, ffn_size=64))
+    with pytest.raises(
+        ValueError, match=r"First difference: ema.dit.blocks.blocks.block.ffn.down.kernel.* \(2, 48, 32\)"
+    ):
+        train(config, workdir)
+
+
+def test_run_writes_a_model_that_loads_and_generates(frozen, tmp_path):
+    config = parsed(frozen, total_steps=2, preview__every_steps=2, evaluation__prompts=2, evaluation__steps=2)
+    result = run(config, tmp_path)
+    assert 0 <= result["seen/all_correct"] <= 1
+    assert json.loads((tmp_path / "result.json").read_text()) == result
+    assert (tmp_path / "samples/step_00000002.png").exists()
+    from_export, from_workdir = UniFusion.load(tmp_path / "export"), UniFusion.load(tmp_path)
+    assert_same(from_export.params, from_workdir.params)
+    image = from_export.generate(["a red circle"], steps=2)[0]
+    assert image.size == (96, 96)
+    assert image.tobytes() == from_workdir.generate(["a red circle"], steps=2)[0].tobytes()
+
+
+def test_a_workdir_of_another_config_is_refused_and_kept(frozen, tmp_path):
+    run(parsed(frozen, total_steps=1), tmp_path)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=r"holds a run of another config.*\n  optimizer.learning_rate: 0.001 -> 0.5"):
+        run(parsed(frozen, total_steps=2, optimizer__learning_rate=0.5), tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    assert Checkpoints(tmp_path).latest_step() == 1
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_its_interval(frozen, tmp_path):
+    config = parsed(frozen, optimizer__learning_rate=1e30, optimizer__warmup_steps=0, log_every_steps=2)
+    with pytest.raises(NonFiniteError, match=r"became (nan|inf) somewhere within steps \[\d+, \d+\]"):
+        train(config, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"encoder__path": "/no/such/encoder"}, "No folder '/no/such/encoder'"),
+        ({"data__size_px": 100}, "data.size_px must be a multiple of 16 px"),
+        ({"data__budgets": {}}, "config.data.budgets is empty"),
+        ({"dit__latent_channels": 4}, "latent channels .* is 16, the model takes 4"),
+        (
+            {"data__budgets": {"text_to_image": {"max_tokens": 20, "max_tiles": 0, "max_kept_tokens": 20}}},
+            "no token budget for the task 'edit'",
+        ),
+    ],
+)
+def test_configs_that_cannot_run_say_why(frozen, tmp_path, changes, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        train(parsed(frozen, total_steps=1, **changes), tmp_path)
+
+
+def test_a_prompt_over_the_token_budget_names_the_record_and_the_mend(frozen, tmp_path):
+    small = {"max_tokens": 30, "max_tiles": 0, "max_kept_tokens": 20}
+    config = parsed(frozen, total_steps=1, data__budgets={"text_to_image": small, "edit": small | {"max_tiles": 1}})
+    with pytest.raises(ValueError, match=r"tokens"):
+        train(config, tmp_path)
+
+
+def test_training_lowers_the_loss(frozen, tmp_path):
+    config = parsed(
+        frozen, total_steps=60, log_every_steps=20, checkpoint__every_steps=100, optimizer__learning_rate=3e-3
+    )
+    train(config, tmp_path)
+    losses = [line["loss"] for line in logged(tmp_path)]
+    assert losses[-1] < 0.9 * losses[0]
