@@ -51,6 +51,7 @@ setup(
             "diffusers>=0.36",
             "pyarrow",
             "pytest>=8",
+            "pytest-xdist",
             "hypothesis",
             "beartype>=0.20",
             "scikit-image",

@@ -4,11 +4,14 @@ import os
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("UNIFUSION_TEST_PLATFORM", "cpu")
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+_DEVICES = "--xla_force_host_platform_device_count=8"
+if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}"
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Many tests compile the same step. What one compiled, the others and their subprocesses read.
-_CACHE = tempfile.TemporaryDirectory(prefix="unifusion-jax-tests-")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
+# Many tests compile the same step. What one compiled, the others, their subprocesses and pytest's workers read.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _CACHE = tempfile.TemporaryDirectory(prefix="unifusion-jax-tests-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 os.environ["JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES"] = "none"
 

@@ -29,36 +29,7 @@ def attention(
     if heads % kv_heads:
         raise ValueError(f"Query heads must be a multiple of key-value heads, got {heads} and {kv_heads}.")
     visible = _visible(query.shape[1], key.shape[1], causal, kv_mask, mask, query_offset)
-    return _matmul_attention(query, key, value, visible, scale)
-
-
-def _matmul_attention(
-    query: Float[Array, "B S A E"],
-    key: Float[Array, "B K G E"],
-    value: Float[Array, "B K G E"],
-    visible: Bool[Array, "#B 1 #S K"] | None,
-    scale: float | None,
-) -> Float[Array, "B S A E"]:
-    """Attention as two batched matrix products with heads in front of tokens.
-
-    On CPU this layout runs two (gradient) to five times (forward) faster than `jax.nn.dot_product_attention`, whose einsums
-    become strided products; on accelerators XLA makes the same of both.
-    """
-    batch, queries, heads, head_dim = query.shape
-    groups = key.shape[2]
-    query = query * (head_dim**-0.5 if scale is None else scale)
-    # All query heads of a group are rows of one product with the group's keys.
-    query = query.reshape(batch, queries, groups, heads // groups, head_dim).transpose(0, 2, 3, 1, 4)
-    query = query.reshape(batch, groups, -1, head_dim)
-    key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
-    scores = jnp.matmul(query, key.swapaxes(2, 3), preferred_element_type=jnp.float32)
-    scores = scores.reshape(batch, groups, heads // groups, queries, -1)
-    if visible is not None:
-        scores = jnp.where(visible[:, :, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    out = jnp.matmul(weights.reshape(batch, groups, -1, key.shape[2]), value)
-    out = out.reshape(batch, groups, heads // groups, queries, head_dim)
-    return out.transpose(0, 3, 1, 2, 4).reshape(batch, queries, heads, head_dim)
+    return jax.nn.dot_product_attention(query, key, value, mask=visible, scale=scale, implementation="xla")
 
 
 def _visible(
