@@ -174,9 +174,3 @@ def test_fit_cuts_the_centre_and_keeps_the_aspect():
     assert (images.fit(wide, 10, 10) == 255).all()
     exact = np.asarray(picture(10, 10))
     assert images.fit(exact, 10, 10) is exact
-
-
-def test_unit_float_range():
-    values = images.to_unit_float(np.array([[[[0, 127, 255]]]], np.uint8))
-    assert values.dtype == np.float32
-    np.testing.assert_allclose(values.ravel(), [-1, -1 / 255, 1], atol=1e-6)

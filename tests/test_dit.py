@@ -2,13 +2,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from clu.parameter_overview import count_parameters
 from flax import nnx
 
 from unifusion_jax.conditioning import LAP, ConditioningConfig, LAPConditioner, LAPConfig, Refiner, RefinerConfig
 from unifusion_jax.dit import DiT, DiTConfig
 from unifusion_jax.dit.rope import RopeConfig, apply_rope, joint_positions, rope_table
 from unifusion_jax.dit.transformer import patchify, unpatchify
-from unifusion_jax.exported import count_parameters
 from unifusion_jax.model import ModelConfig, UniFusionModel
 from unifusion_jax.parallel.mesh import MeshConfig, make_mesh
 from unifusion_jax.parallel.sharding import param_shardings

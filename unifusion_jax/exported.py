@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx, traverse_util
@@ -55,8 +54,3 @@ def abstract_params(model: ModelConfig) -> weights.Params:
     """Returns the shapes of a model's parameters."""
     module = nnx.eval_shape(lambda: UniFusionModel(model, rngs=nnx.Rngs(0)))
     return nnx.to_pure_dict(nnx.state(module, nnx.Param))
-
-
-def count_parameters(params: weights.Params) -> int:
-    """Number of scalars in a parameter tree."""
-    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))

@@ -120,23 +120,6 @@ def layer_norm(
     )
 
 
-def group_norm(
-    features: int, groups: int, *, eps: float, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32, rngs: nnx.Rngs
-) -> nnx.GroupNorm:
-    """Makes a group norm over NHWC images, with the exact variance formula."""
-    return nnx.GroupNorm(
-        features,
-        num_groups=groups,
-        epsilon=eps,
-        dtype=dtype,
-        param_dtype=param_dtype,
-        use_fast_variance=False,
-        scale_init=with_axes(nnx.initializers.ones_init(), ("norm",)),
-        bias_init=with_axes(nnx.initializers.zeros_init(), ("norm",)),
-        rngs=rngs,
-    )
-
-
 class SwiGLU(nnx.Module):
     """Gated feed-forward layer, down(act(gate x) * up x), without biases (Shazeer 2020)."""
 

@@ -8,7 +8,7 @@ import io
 import struct
 
 import numpy as np
-from jaxtyping import Float32, UInt8
+from jaxtyping import UInt8
 from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin
 
 # Only raster formats that PIL decodes itself: formats that start an external program (EPS) are refused.
@@ -129,11 +129,6 @@ def fit(pixels: UInt8[np.ndarray, "h w 3"], height_px: int, width_px: int) -> UI
         return pixels
     size = (width_px, height_px)  # PIL counts width first
     return np.asarray(ImageOps.fit(Image.fromarray(pixels), size, Image.Resampling.LANCZOS, centering=(0.5, 0.5)))
-
-
-def to_unit_float(pixels: UInt8[np.ndarray, "*b h w 3"]) -> Float32[np.ndarray, "*b h w 3"]:
-    """Maps uint8 [0, 255] to float32 [-1, 1], the range that the models read."""
-    return pixels.astype(np.float32) / np.float32(127.5) - np.float32(1.0)
 
 
 def _open(data: bytes, max_pixels: int) -> Image.Image:
