@@ -63,7 +63,7 @@ def test_train_refuses_with_a_message_and_a_status(frozen, tmp_path, arguments, 
     done = call("train", f"--config={CONFIG}:{frozen}", f"--workdir={tmp_path / 'run'}", *arguments)
     assert done.returncode != 0
     assert message in done.stderr
-    assert not (tmp_path / "run/metrics.jsonl").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_train_resume_under_another_config_is_refused(trained, frozen):

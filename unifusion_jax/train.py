@@ -17,7 +17,7 @@ from ml_collections import config_flags
 
 from unifusion_jax.config import from_mapping, to_json
 from unifusion_jax.parallel.mesh import make_mesh
-from unifusion_jax.training.checkpoints import write_config
+from unifusion_jax.training.checkpoints import check_config, write_config
 from unifusion_jax.training.config import TrainConfig
 from unifusion_jax.training.loop import NonFiniteError, fit
 from unifusion_jax.training.tasks import make_task
@@ -35,9 +35,11 @@ log = logging.getLogger("unifusion_jax")
 def run(config: TrainConfig, workdir: Path) -> dict[str, float]:
     """Trains, scores and exports; returns the final scores, which are also written to `workdir/result.json`."""
     started = time.perf_counter()
-    write_config(workdir, to_json(config))
+    check_config(workdir, to_json(config))
     mesh = make_mesh(config.mesh)
     task = make_task(config, mesh)
+    # Recorded only now: a config that cannot run leaves nothing behind that the mended one would have to be equal to.
+    write_config(workdir, to_json(config))
     shapes = jax.eval_shape(task.init, jax.random.key(0))
     log.info("Trained parameters: %s", f"{parameter_overview.count_parameters(shapes):,}")
     state, writer = fit(task, config, workdir, mesh)

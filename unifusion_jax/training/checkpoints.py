@@ -137,27 +137,32 @@ def from_tree(tree: dict[str, Any], abstract: TrainState) -> TrainState:
     return TrainState(tree["step"], tree["params"], tree.get("ema", {}) or {}, opt_state, tree["metrics"])
 
 
-def write_config(workdir: Path, config_json: str) -> None:
-    """Records the run's config in its workdir, or checks that it is the one recorded.
+def check_config(workdir: Path, config_json: str) -> None:
+    """Checks that a workdir is new or holds a run of this config.
 
     Raises:
       ValueError: the workdir holds the run of another config; lists the keys that differ.
     """
     file = workdir / CONFIG_FILE
-    if file.exists():
-        differing = _differences(json.loads(file.read_text()), json.loads(config_json))
-        # A run may be continued for longer, saved or drawn more often; what it computes may not change.
-        serious = [line for line in differing if not line.startswith(_HARMLESS)]
-        if serious:
-            shown = "\n  ".join(serious[:20])
-            raise ValueError(
-                f"{workdir} holds a run of another config. Use another --workdir, or delete this one to start over. "
-                f"Differences (recorded -> given):\n  {shown}"
-            )
+    if not file.exists():
+        return
+    differing = _differences(json.loads(file.read_text()), json.loads(config_json))
+    # A run may be continued for longer, saved or drawn more often; what it computes may not change.
+    serious = [line for line in differing if not line.startswith(_HARMLESS)]
+    if serious:
+        shown = "\n  ".join(serious[:20])
+        raise ValueError(
+            f"{workdir} holds a run of another config. Use another --workdir, or delete this one to start over. "
+            f"Differences (recorded -> given):\n  {shown}"
+        )
+
+
+def write_config(workdir: Path, config_json: str) -> None:
+    """Records the run's config in its workdir."""
     workdir.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".tmp")
+    temporary = workdir / f"{CONFIG_FILE}.tmp"
     temporary.write_text(config_json + "\n")
-    temporary.replace(file)
+    temporary.replace(workdir / CONFIG_FILE)
 
 
 _HARMLESS = ("total_steps:", "checkpoint.", "preview.", "evaluation.", "mesh.", "data.num_workers:")
