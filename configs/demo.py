@@ -1,7 +1,7 @@
-"""The demo: LAP, refiner and DiT from scratch on the built-in world, with the bundled encoder and autoencoder.
+"""The demo: LAP, refiner and DiT from scratch on the built-in world, with the demo encoder and autoencoder.
 
 Command:  python -m unifusion_jax.train --config=configs/demo.py --workdir=runs/demo
-          python -m unifusion_jax.train --config=configs/demo.py:long --workdir=runs/demo_long     (the bundled checkpoint)
+          python -m unifusion_jax.train --config=configs/demo.py:long --workdir=runs/demo_long     (the longer run)
 Hardware: 2 CPU cores.
 """
 
@@ -14,7 +14,7 @@ from unifusion_jax.training.config import TrainConfig
 
 
 def get_config(length: str = "short") -> ml_collections.ConfigDict:
-    """Returns the configuration; `length` is "short" (minutes) or "long" (the bundled checkpoint)."""
+    """Returns the configuration; `length` is "short" (minutes) or "long" (hours)."""
     if length not in ("short", "long"):
         raise ValueError(f"configs/demo.py takes 'short' or 'long', got {length!r}.")
     config = to_config_dict(

@@ -1,4 +1,4 @@
-"""The bundled autoencoder: 8x with 2x2 packing (16x, 32 channels), trained on shapes and doodles.
+"""The demo autoencoder: 8x with 2x2 packing (16x, 32 channels), trained on shapes and doodles.
 
 Command:  python -m unifusion_jax.train --config=configs/demo_autoencoder.py --workdir=runs/demo_autoencoder
 Hardware: 2 CPU cores.

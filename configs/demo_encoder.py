@@ -1,4 +1,4 @@
-"""The bundled encoder: a 2.5M-parameter InternVL that describes scenes, rewrites prompts and thinks edits through.
+"""The demo encoder: a 2.5M-parameter InternVL that describes scenes, rewrites prompts and thinks edits through.
 
 Command:  python -m unifusion_jax.train --config=configs/demo_encoder.py --workdir=runs/demo_encoder
 Hardware: 2 CPU cores.

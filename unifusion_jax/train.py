@@ -35,11 +35,12 @@ log = logging.getLogger("unifusion_jax")
 def run(config: TrainConfig, workdir: Path) -> dict[str, float]:
     """Trains, scores and exports; returns the final scores, which are also written to `workdir/result.json`."""
     started = time.perf_counter()
-    check_config(workdir, to_json(config))
+    recorded = to_json(config)
+    check_config(workdir, recorded)
     mesh = make_mesh(config.mesh)
     task = make_task(config, mesh)
     # Recorded only now: a config that cannot run leaves nothing behind that the mended one would have to be equal to.
-    write_config(workdir, to_json(config))
+    write_config(workdir, recorded)
     shapes = jax.eval_shape(task.init, jax.random.key(0))
     log.info("Trained parameters: %s", f"{parameter_overview.count_parameters(shapes):,}")
     state, writer = fit(task, config, workdir, mesh)
