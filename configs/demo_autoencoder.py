@@ -15,17 +15,17 @@ def get_config() -> ml_collections.ConfigDict:
     config = to_config_dict(TrainConfig())
     config.task = "autoencoder"
     config.model = "demo"
-    config.total_steps = 2500
-    config.batch_size = 48
+    config.total_steps = 4500
+    config.batch_size = 16
     config.log_every_steps = 50
     config.dtype = "float32"
     config.data.size_px = 96
-    config.data.crop_px = 32
+    config.data.crop_px = 48
     config.data.sources = (
-        {"name": "shapes", "task": "text_to_image", "weight": 0.75, "seed": 11},
-        {"name": "doodles", "weight": 0.25, "seed": 12},
+        {"name": "shapes", "task": "text_to_image", "weight": 0.8, "seed": 11},
+        {"name": "doodles", "weight": 0.2, "seed": 12},
     )
-    config.optimizer.learning_rate = 3e-3
+    config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_steps = 100
     config.optimizer.schedule = "cosine"
     config.optimizer.final_scale = 0.02

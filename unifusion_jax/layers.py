@@ -55,6 +55,8 @@ def conv(
     stride_px: int = 1,
     padding: Any = "SAME",
     bias: bool = True,
+    kernel_init: Callable[..., Any] = _KERNEL_INIT,
+    bias_init: Callable[..., Any] = nnx.initializers.zeros_init(),
     dtype: Any = jnp.float32,
     param_dtype: Any = jnp.float32,
     rngs: nnx.Rngs,
@@ -69,8 +71,8 @@ def conv(
         use_bias=bias,
         dtype=dtype,
         param_dtype=param_dtype,
-        kernel_init=with_axes(_KERNEL_INIT, (None, None, "conv_in", "conv_out")),
-        bias_init=with_axes(nnx.initializers.zeros_init(), ("conv_out",)),
+        kernel_init=with_axes(kernel_init, (None, None, "conv_in", "conv_out")),
+        bias_init=with_axes(bias_init, ("conv_out",)),
         rngs=rngs,
     )
 
