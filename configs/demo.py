@@ -32,7 +32,7 @@ def get_config(length: str = "short") -> ml_collections.ConfigDict:
     config.encoder.dtype = "float32"
     config.data.size_px = 96
     config.data.sources = (
-        {"name": "shapes", "seed": 31, "tasks": {"text_to_image": 1.0}}
+        {"name": "shapes", "seed": 31, "num_objects": (1, 2), "tasks": {"text_to_image": 1.0}}
         if length == "short"
         else {
             "name": "shapes",
@@ -41,14 +41,17 @@ def get_config(length: str = "short") -> ml_collections.ConfigDict:
         },
     )
     config.data.budgets = {
-        "text_to_image": {"max_tokens": 112, "max_tiles": 0, "max_kept_tokens": 48},
+        "text_to_image": {"max_tokens": 96, "max_tiles": 0, "max_kept_tokens": 36}
+        if length == "short"
+        else {"max_tokens": 112, "max_tiles": 0, "max_kept_tokens": 48},
         "reconstruction": {"max_tokens": 72, "max_tiles": 10, "max_kept_tokens": 40},
         "joint": {"max_tokens": 152, "max_tiles": 10, "max_kept_tokens": 88},
         "edit": {"max_tokens": 144, "max_tiles": 10, "max_kept_tokens": 88},
     }
     config.flow.timesteps_per_sample = 4
     config.flow.base_cells = 36
-    config.optimizer.learning_rate = 2e-3
+    config.optimizer.name = "muon"
+    config.optimizer.learning_rate = 3e-3
     config.optimizer.warmup_steps = 100
     config.optimizer.schedule = "cosine"
     config.optimizer.final_scale = 0.05

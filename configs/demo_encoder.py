@@ -1,6 +1,8 @@
 """The demo encoder: a 2.5M-parameter InternVL that describes scenes, rewrites prompts and thinks edits through.
 
-Command:  python -m unifusion_jax.train --config=configs/demo_encoder.py --workdir=runs/demo_encoder
+Command:  python -m unifusion_jax.train --config=configs/demo_encoder.py:start --workdir=runs/encoder_start
+          python -m unifusion_jax.train --config=configs/demo_encoder.py:finish --workdir=runs/encoder \
+              --config.init_from=runs/encoder_start/export
 Hardware: 2 CPU cores.
 """
 
@@ -9,13 +11,21 @@ import ml_collections
 from unifusion_jax.config import to_config_dict
 from unifusion_jax.training.config import TrainConfig
 
+# Shares of the tasks: first mostly seeing, then as much copying from the prompt.
+_START = {"text_to_image": 0.2, "reconstruction": 0.42, "edit": 0.32, "multi_reference": 0.06}
+_FINISH = {"text_to_image": 0.32, "reconstruction": 0.28, "edit": 0.34, "multi_reference": 0.06}
 
-def get_config() -> ml_collections.ConfigDict:
-    """Returns the configuration."""
+
+def get_config(stage: str = "start") -> ml_collections.ConfigDict:
+    """Returns the configuration; `stage` is "start" (AdamW) or "finish" (Muon)."""
+    if stage not in ("start", "finish"):
+        raise ValueError(f"configs/demo_encoder.py takes 'start' or 'finish', got {stage!r}.")
+    start = stage == "start"
     config = to_config_dict(TrainConfig())
     config.task = "encoder"
     config.model = "demo"
-    config.total_steps = 6000
+    config.seed = 0 if start else 1
+    config.total_steps = 6000 if start else 1500
     config.batch_size = 32
     config.log_every_steps = 100
     config.dtype = "float32"
@@ -26,7 +36,7 @@ def get_config() -> ml_collections.ConfigDict:
             "name": "shapes",
             "weight": 0.92,
             "seed": 21,
-            "tasks": {"text_to_image": 0.2, "reconstruction": 0.42, "edit": 0.32, "multi_reference": 0.06},
+            "tasks": _START if start else _FINISH,
         },
         {"name": "emoji_names", "weight": 0.08, "seed": 22},
     )
@@ -36,8 +46,9 @@ def get_config() -> ml_collections.ConfigDict:
         "edit": {"max_tokens": 144, "max_tiles": 10, "max_kept_tokens": 144},
         "multi_reference": {"max_tokens": 296, "max_tiles": 30, "max_kept_tokens": 296},
     }
+    config.optimizer.name = "adamw" if start else "muon"
     config.optimizer.learning_rate = 1.5e-3
-    config.optimizer.warmup_steps = 300
+    config.optimizer.warmup_steps = 300 if start else 50
     config.optimizer.schedule = "cosine"
     config.optimizer.final_scale = 0.05
     config.optimizer.weight_decay = 0.05

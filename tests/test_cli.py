@@ -7,11 +7,13 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import PIL.Image
 import pytest
 from test_training import logged
 
+from unifusion_jax.pipeline import UniFusion
 from unifusion_jax.train import run as run_training  # noqa: F401  (imported here so that a broken import fails once)
 
 CONFIG = "tests/tiny_run.py"
@@ -115,7 +117,27 @@ def test_output_of_no_image_format_is_refused_before_the_model_runs(trained, tmp
     assert "must end in .png, .jpg or .webp, got 'out.txt'" in done.stderr
 
 
-@pytest.mark.parametrize("module", ["train", "sample", "prepare"])
+def test_export_halves_the_file_and_records_where_the_frozen_networks_went(trained, frozen, tmp_path):
+    (tmp_path / "moved").symlink_to(frozen / "encoder")
+    output = tmp_path / "model"
+    moved = f"--encoder={tmp_path / 'moved'}"
+    done = call("export", f"--checkpoint={trained}", f"--output={output}", "--dtype=bfloat16", moved)
+    assert done.returncode == 0, done.stderr
+    written, whole = output / "model.safetensors", trained / "export/model.safetensors"
+    assert written.stat().st_size < 0.6 * whole.stat().st_size
+    model, original = UniFusion.load(output), UniFusion.load(trained)
+    assert model.config.encoder.path == str(tmp_path / "moved")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2**-8), model.params, original.params)
+
+
+def test_export_of_nothing_is_refused(tmp_path):
+    done = call("export", f"--checkpoint={tmp_path / 'none'}", f"--output={tmp_path / 'out'}")
+    assert done.returncode == 1
+    assert "No folder" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("module", ["train", "sample", "prepare", "export"])
 def test_help_teaches(module):
     done = call(module, "--help")
     assert f"python -m unifusion_jax.{module}" in done.stdout

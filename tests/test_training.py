@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from training_support import tiny_config
 
+from unifusion_jax import autoencoders, encoders
 from unifusion_jax.config import from_mapping
 from unifusion_jax.parallel.mesh import make_mesh
 from unifusion_jax.pipeline import UniFusion
@@ -85,13 +86,20 @@ def test_a_sharded_run_computes_what_one_device_computes(straight, frozen, tmp_p
         assert sharded["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-3)
 
 
-def test_optimizer_state_is_sharded_like_the_parameters(frozen, tmp_path):
-    config = parsed(frozen, mesh={"data": 1, "fsdp": 8, "sequence": 1, "tensor": 1}, total_steps=1)
-    state = train(config, tmp_path)
+@pytest.mark.parametrize(("optimizer", "moments"), [("adamw", 2), ("muon", 1)])
+def test_optimizer_state_is_sharded_like_the_parameters(frozen, tmp_path, optimizer, moments):
+    mesh = {"data": 1, "fsdp": 8, "sequence": 1, "tensor": 1}
+    state = train(parsed(frozen, mesh=mesh, total_steps=1, optimizer__name=optimizer), tmp_path)
     kernel = state.params["dit"]["blocks"]["blocks"]["block"]["ffn"]["gate"]["kernel"]
-    alike = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.shape == kernel.shape]
-    assert len(alike) >= 2
-    assert any(leaf.sharding == kernel.sharding and not kernel.sharding.is_fully_replicated for leaf in alike)
+    assert not kernel.sharding.is_fully_replicated
+    leaves = jax.tree_util.tree_leaves_with_path(state.opt_state)
+    alike = [
+        leaf
+        for path, leaf in leaves
+        if "['dit']['blocks']['blocks']['block']['ffn']['gate']" in jax.tree_util.keystr(path)
+    ]
+    assert len(alike) == moments
+    assert all(leaf.sharding == kernel.sharding for leaf in alike)
     assert state.ema["dit"]["blocks"]["blocks"]["block"]["ffn"]["gate"]["kernel"].sharding == kernel.sharding
 
 
@@ -116,6 +124,25 @@ def test_run_writes_a_model_that_loads_and_generates(frozen, tmp_path):
     image = from_export.generate(["a red circle"], steps=2)[0]
     assert image.size == (96, 96)
     assert image.tobytes() == from_workdir.generate(["a red circle"], steps=2)[0].tobytes()
+
+
+def test_init_from_starts_from_an_exported_model(straight, frozen, tmp_path):
+    state, _ = straight
+    config = parsed(frozen)
+    task = make_task(config, make_mesh(config.mesh))
+    task.export(state.inference_params, tmp_path / "export")
+    again = make_task(dataclasses.replace(config, init_from=str(tmp_path / "export")), make_mesh(config.mesh))
+    assert_same(again.init(jax.random.key(9)), state.inference_params)
+
+
+@pytest.mark.parametrize("name", ["encoder", "autoencoder"])
+def test_the_frozen_networks_can_be_trained_further(frozen, name):
+    sources = ({"name": "shapes", "task": "text_to_image"},)
+    config = parsed(frozen, task=name, init_from=str(frozen / name), data__sources=sources)
+    task = make_task(config, make_mesh(config.mesh))
+    load = {"encoder": encoders.load, "autoencoder": autoencoders.load}[name]
+    assert_same(task.init(jax.random.key(9)), load(frozen / name, dtype="float32").params)
+    assert task.model_config == load(frozen / name, dtype="float32").config
 
 
 def test_a_workdir_of_another_config_is_refused_and_kept(frozen, tmp_path):

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, PyTree
 Axes = tuple[str | None, ...]
 Remat = Callable[[Callable[..., Any]], Callable[..., Any]]
 
+_ZEROS = nnx.initializers.zeros_init()
 _KERNEL_INIT = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
 
 
@@ -56,7 +57,7 @@ def conv(
     padding: Any = "SAME",
     bias: bool = True,
     kernel_init: Callable[..., Any] = _KERNEL_INIT,
-    bias_init: Callable[..., Any] = nnx.initializers.zeros_init(),
+    bias_init: Callable[..., Any] = _ZEROS,
     dtype: Any = jnp.float32,
     param_dtype: Any = jnp.float32,
     rngs: nnx.Rngs,

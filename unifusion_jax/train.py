@@ -16,6 +16,7 @@ from clu import parameter_overview
 from ml_collections import config_flags
 
 from unifusion_jax.config import from_mapping, to_json
+from unifusion_jax.parallel.host_memory import keep_freed_blocks
 from unifusion_jax.parallel.mesh import make_mesh
 from unifusion_jax.training.checkpoints import check_config, write_config
 from unifusion_jax.training.config import TrainConfig
@@ -38,6 +39,8 @@ def run(config: TrainConfig, workdir: Path) -> dict[str, float]:
     recorded = to_json(config)
     check_config(workdir, recorded)
     mesh = make_mesh(config.mesh)
+    if mesh.devices.flat[0].platform == "cpu":
+        keep_freed_blocks()
     task = make_task(config, mesh)
     # Recorded only now: a config that cannot run leaves nothing behind that the mended one would have to be equal to.
     write_config(workdir, recorded)

@@ -103,7 +103,9 @@ class _Makers:
         self.norm = functools.partial(GroupNorm, groups=config.norm_num_groups, dtype=dtype, param_dtype=param_dtype)
 
 
-def _initial_moments(key: PRNGKeyArray, shape: tuple[int, ...], dtype: Any = jnp.float32, out_sharding: Any = None) -> Array:
+def _initial_moments(
+    key: PRNGKeyArray, shape: tuple[int, ...], dtype: Any = jnp.float32, out_sharding: Any = None
+) -> Array:
     """Bias of the layer that makes the moments: mean 0, a small variance."""
     half = shape[0] // 2
     return jnp.concatenate([jnp.zeros((half,), dtype), jnp.full((half,), _INITIAL_LOGVAR, dtype)])

@@ -129,8 +129,8 @@ class TrainConfig:
       log_every_steps: interval of metrics.jsonl lines.
       dtype: compute type of the trained network; its weights stay float32.
       ema_decay: decay of the weights' moving average; 0 turns it off.
-      init_from: folder of an exported checkpoint to start from; empty starts from scratch.
-      model: sizes of the "encoder" or "autoencoder" that those tasks train, by name of a constructor.
+      init_from: folder that a run of the same task exported, to start from; empty starts from scratch.
+      model: sizes of the "encoder" or "autoencoder" that those tasks train from scratch, by name of a constructor.
     """
 
     task: Literal["unifusion", "encoder", "autoencoder"] = "unifusion"

@@ -1,28 +1,37 @@
-"""AdamW with warm-up, decay and global-norm clipping."""
+"""AdamW or Muon, with warm-up, decay and global-norm clipping."""
 
 import dataclasses
 from typing import Any, Literal
 
 import jax
 import optax
+from optax.contrib import MuonDimensionNumbers, muon
+
+_ADAMW_UPDATE_RMS = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW (Loshchilov & Hutter 2019).
+    """AdamW (Loshchilov & Hutter 2019), which the paper uses, or Muon (Jordan et al. 2024).
+
+    Muon orthogonalises the momentum of every kernel and leaves the other parameters to AdamW. Its updates are scaled to
+    the size of AdamW's (Liu et al. 2025, arXiv:2502.16982), so both take the same learning rate and decay. Small networks
+    need several times fewer steps with it.
 
     Attributes:
+      name: "adamw" or "muon".
       learning_rate: peak rate.
       warmup_steps: linear warm-up from 0.
       schedule: "constant" or "cosine" after the warm-up.
       final_scale: the cosine ends at learning_rate * final_scale.
-      b1: decay of the first moment.
+      b1: decay of the first moment; Muon's momentum is 0.95.
       b2: decay of the second moment.
       eps: added to the root of the second moment.
       weight_decay: decoupled decay of matrices; vectors and scalars are not decayed.
       clip_norm: gradients are scaled down to this global norm.
     """
 
+    name: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 1e-4
     warmup_steps: int = 1000
     schedule: Literal["constant", "cosine"] = "constant"
@@ -55,20 +64,41 @@ def learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
-    """Returns clip -> AdamW. Its state mirrors the parameter tree, so it is sharded like the parameters."""
-
-    def matrices(params: Any) -> Any:
-        # A stacked block adds a leading layer axis, so the name decides, not the rank alone.
-        return jax.tree_util.tree_map_with_path(lambda path, leaf: getattr(path[-1], "key", "") == "kernel", params)
-
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            learning_rate(config, total_steps),
-            b1=config.b1,
-            b2=config.b2,
+    """Returns clip -> AdamW or Muon."""
+    rate = learning_rate(config, total_steps)
+    if config.name == "muon":
+        update = muon(
+            rate,
+            consistent_rms=_ADAMW_UPDATE_RMS,
             eps=config.eps,
             weight_decay=config.weight_decay,
-            mask=matrices,
-        ),
-    )
+            adam_b1=config.b1,
+            adam_b2=config.b2,
+            muon_weight_dimension_numbers=_muon_dimensions,
+        )
+    else:
+        update = optax.adamw(
+            rate, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=_kernels
+        )
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+
+
+def _is_kernel(path: Any) -> bool:
+    # A stacked block adds a leading layer axis, so the name decides, not the rank alone.
+    return getattr(path[-1], "key", "") == "kernel"
+
+
+def _kernels(params: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: _is_kernel(path), params)
+
+
+def _muon_dimensions(params: Any) -> Any:
+    """Says of each kernel which axes are its matrix's rows and columns; None leaves a parameter to AdamW."""
+
+    def dimensions(path: Any, leaf: Any) -> MuonDimensionNumbers | None:
+        if not _is_kernel(path):
+            return None
+        stacked = any(getattr(key, "key", "") == "blocks" for key in path)  # layers.Stack: one matrix per layer
+        return MuonDimensionNumbers(tuple(range(int(stacked), leaf.ndim - 1)), leaf.ndim - 1)
+
+    return jax.tree_util.tree_map_with_path(dimensions, params)

@@ -1,6 +1,7 @@
 """What training changes: parameters, their average, the optimizer, the step and running metric sums."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax
@@ -54,22 +55,33 @@ def create_state(
 
 
 def state_shardings(abstract: TrainState, param_shardings: Params, mesh: Mesh) -> Any:
-    """Returns a `TrainState` of shardings: what has the parameters' tree is sharded like them, the rest is replicated."""
+    """Returns a `TrainState` of shardings: what belongs to a parameter is sharded like it, the rest is replicated.
+
+    A leaf of the optimizer state belongs to the parameter that has its shape and whose path its own path ends in. Moments
+    do; the counts, and the gaps where an optimizer treats some parameters otherwise, do not.
+    """
     replicated = NamedSharding(mesh, PartitionSpec())
-    params_tree = jax.tree.structure(abstract.params)
+    leaves = jax.tree_util.tree_leaves_with_path(abstract.params)
+    of_param = {
+        _last_names(path): (leaf.shape, sharding)
+        for (path, leaf), sharding in zip(leaves, jax.tree.leaves(param_shardings), strict=True)
+    }
 
-    def is_params(node: Any) -> bool:
-        return jax.tree.structure(node) == params_tree
+    def place(path: Any, leaf: Any) -> NamedSharding:
+        shape, sharding = of_param.get(_last_names(path), (None, replicated))
+        return sharding if shape == leaf.shape else replicated
 
-    def place(node: Any) -> Any:
-        return param_shardings if is_params(node) else jax.tree.map(lambda _: replicated, node)
-
-    opt_state = jax.tree.map(place, abstract.opt_state, is_leaf=is_params)
     placed: dict[str, Any] = {
         "step": replicated,
         "params": param_shardings,
         "ema": param_shardings if abstract.ema else {},
-        "opt_state": opt_state,
+        "opt_state": jax.tree_util.tree_map_with_path(place, abstract.opt_state),
         "metrics": jax.tree.map(lambda _: replicated, abstract.metrics),
     }
     return TrainState(**placed)
+
+
+def _last_names(path: Any) -> tuple[str, ...]:
+    """The run of dict keys at the end of a tree path: a parameter's path, wherever its tree hangs."""
+    keys = itertools.takewhile(lambda key: isinstance(key, jax.tree_util.DictKey), reversed(path))
+    return tuple(key.key for key in keys)[::-1]

@@ -15,6 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key
 
+from unifusion_jax import autoencoders
 from unifusion_jax.autoencoders import Autoencoder, AutoencoderKLConfig
 from unifusion_jax.autoencoders.kl import AutoencoderKL
 from unifusion_jax.autoencoders.loss import autoencoder_loss
@@ -38,7 +39,9 @@ class AutoencoderTask:
 
     def __init__(self, config: TrainConfig, mesh: Mesh):
         self.config = config
-        self.model_config: AutoencoderKLConfig = getattr(AutoencoderKLConfig, config.model or "demo")()
+        self._start = autoencoders.load(config.init_from) if config.init_from else None
+        named = getattr(AutoencoderKLConfig, config.model or "demo")
+        self.model_config: AutoencoderKLConfig = named() if self._start is None else self._start.config
         self.metric_names = list(_NAMES)
         self.frozen = {}
         self.flops_per_sample: float | None = None
@@ -50,7 +53,9 @@ class AutoencoderTask:
         self.mixture = open_mixture(config, multiple_of_px=self.model_config.downsample, budgets=budgets)
 
     def init(self, key: Key[Array, ""]) -> Params:
-        """Makes random parameters."""
+        """Makes random parameters, or takes those of `config.init_from`."""
+        if self._start is not None:
+            return self._start.params
         return nnx.to_pure_dict(nnx.state(AutoencoderKL(self.model_config, rngs=nnx.Rngs(key)), nnx.Param))
 
     def loss(

@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key
 
+from unifusion_jax import encoders
 from unifusion_jax.data.buckets import Bucket
 from unifusion_jax.data.pipeline import BatchIterator
 from unifusion_jax.data.records import Record
@@ -43,7 +44,9 @@ class EncoderTask:
     def __init__(self, config: TrainConfig, mesh: Mesh):
         self.config = config
         self.prompts = SYSTEM_PROMPTS[config.encoder.system_prompts]
-        self.model_config: InternVLConfig = getattr(InternVLConfig, config.model or "demo")(_VOCAB_SIZE)
+        start = encoders.load(config.init_from, dtype="float32") if config.init_from else None
+        named = getattr(InternVLConfig, config.model or "demo")
+        self.model_config: InternVLConfig = named(_VOCAB_SIZE) if start is None else start.config
         self.mixture = open_mixture(config, multiple_of_px=self.model_config.vision.image_px)
         self.frozen = {}
         self.flops_per_sample: float | None = None
@@ -51,7 +54,7 @@ class EncoderTask:
         abstract = nnx.eval_shape(lambda: InternVL(self.model_config, rngs=nnx.Rngs(0)))
         self.graphdef = nnx.graphdef(abstract)
         self.param_shardings = param_shardings(abstract, mesh)
-        self.encoder = Encoder.create(
+        self.encoder = start or Encoder.create(
             self.model_config,
             train_tokenizer(self._texts(), _VOCAB_SIZE),
             config.seed,
@@ -68,7 +71,9 @@ class EncoderTask:
         return texts
 
     def init(self, key: Key[Array, ""]) -> Params:
-        """Makes random parameters."""
+        """Makes random parameters, or takes those of `config.init_from`."""
+        if self.config.init_from:
+            return self.encoder.params
         return nnx.to_pure_dict(nnx.state(InternVL(self.model_config, rngs=nnx.Rngs(key)), nnx.Param))
 
     def loss(
