@@ -13,7 +13,7 @@ from unifusion_jax.training.config import TrainConfig
 
 # Shares of the tasks: first mostly seeing, then as much copying from the prompt.
 _START = {"text_to_image": 0.2, "reconstruction": 0.42, "edit": 0.32, "multi_reference": 0.06}
-_FINISH = {"text_to_image": 0.32, "reconstruction": 0.28, "edit": 0.34, "multi_reference": 0.06}
+_FINISH = {"text_to_image": 0.4, "reconstruction": 0.26, "edit": 0.3, "multi_reference": 0.04}
 
 
 def get_config(stage: str = "start") -> ml_collections.ConfigDict:
@@ -24,8 +24,8 @@ def get_config(stage: str = "start") -> ml_collections.ConfigDict:
     config = to_config_dict(TrainConfig())
     config.task = "encoder"
     config.model = "demo"
-    config.seed = 0 if start else 1
-    config.total_steps = 6000 if start else 1500
+    config.seed = 0 if start else 2
+    config.total_steps = 6000 if start else 2400
     config.batch_size = 32
     config.log_every_steps = 100
     config.dtype = "float32"
@@ -41,17 +41,17 @@ def get_config(stage: str = "start") -> ml_collections.ConfigDict:
         {"name": "emoji_names", "weight": 0.08, "seed": 22},
     )
     config.data.budgets = {
-        "text_to_image": {"max_tokens": 120, "max_tiles": 0, "max_kept_tokens": 120},
+        "text_to_image": {"max_tokens": 112, "max_tiles": 0, "max_kept_tokens": 112},
         "reconstruction": {"max_tokens": 128, "max_tiles": 10, "max_kept_tokens": 128},
         "edit": {"max_tokens": 144, "max_tiles": 10, "max_kept_tokens": 144},
         "multi_reference": {"max_tokens": 296, "max_tiles": 30, "max_kept_tokens": 296},
     }
     config.optimizer.name = "adamw" if start else "muon"
-    config.optimizer.learning_rate = 1.5e-3
+    config.optimizer.learning_rate = 1.5e-3 if start else 2e-3
     config.optimizer.warmup_steps = 300 if start else 50
     config.optimizer.schedule = "cosine"
     config.optimizer.final_scale = 0.05
     config.optimizer.weight_decay = 0.05
     config.checkpoint.every_steps = 250
-    config.evaluation.prompts = 256
+    config.evaluation.prompts = 128
     return config

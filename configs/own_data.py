@@ -7,12 +7,12 @@ Hardware: 2 CPU cores. docs/your_own_data.md shows a run with its pictures.
 
 import ml_collections
 
-from configs.demo import get_config as demo_config
+from unifusion_jax.training import presets
 
 
 def get_config(folder: str = "data/photos") -> ml_collections.ConfigDict:
     """Returns the configuration; `folder` is the prepared data set."""
-    config = demo_config("long")
+    config = presets.demo()
     config.init_from = "bundled:demo/unifusion"
     config.total_steps = 2000
     config.data.sources = ({"name": "records", "path": folder},)
@@ -21,5 +21,4 @@ def get_config(folder: str = "data/photos") -> ml_collections.ConfigDict:
         "edit": {"max_tokens": 192, "max_tiles": 10, "max_kept_tokens": 104},
     }
     config.optimizer.learning_rate = 1e-3
-    config.evaluation.prompts = 0
     return config

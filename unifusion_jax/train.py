@@ -16,7 +16,7 @@ from clu import parameter_overview
 from ml_collections import config_flags
 
 from unifusion_jax.config import from_mapping, to_json
-from unifusion_jax.parallel.host_memory import keep_freed_blocks
+from unifusion_jax.parallel.host_memory import cpu_expected, keep_freed_blocks
 from unifusion_jax.parallel.mesh import make_mesh
 from unifusion_jax.training.checkpoints import check_config, write_config
 from unifusion_jax.training.config import TrainConfig
@@ -39,8 +39,6 @@ def run(config: TrainConfig, workdir: Path) -> dict[str, float]:
     recorded = to_json(config)
     check_config(workdir, recorded)
     mesh = make_mesh(config.mesh)
-    if mesh.devices.flat[0].platform == "cpu":
-        keep_freed_blocks()
     task = make_task(config, mesh)
     # Recorded only now: a config that cannot run leaves nothing behind that the mended one would have to be equal to.
     write_config(workdir, recorded)
@@ -69,6 +67,8 @@ def main(argv: list[str]) -> None:
         sys.exit(f"Unexpected argument {argv[1]!r}. Config keys are set by --config.key=value.")
     if _WORKDIR.value is None:
         sys.exit("--workdir=DIR is missing: the folder for checkpoints, metrics and samples.")
+    if cpu_expected():
+        keep_freed_blocks()
     try:
         run(from_mapping(TrainConfig, _CONFIG.value), Path(_WORKDIR.value).expanduser())
     except (ValueError, TypeError, FileNotFoundError, NonFiniteError) as error:

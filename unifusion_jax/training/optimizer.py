@@ -14,9 +14,9 @@ _ADAMW_UPDATE_RMS = 0.2
 class OptimizerConfig:
     """AdamW (Loshchilov & Hutter 2019), which the paper uses, or Muon (Jordan et al. 2024).
 
-    Muon orthogonalises the momentum of every kernel and leaves the other parameters to AdamW. Its updates are scaled to
-    the size of AdamW's (Liu et al. 2025, arXiv:2502.16982), so both take the same learning rate and decay. Small networks
-    need several times fewer steps with it.
+    Muon orthogonalises the momentum of every kernel and leaves the other parameters to AdamW with Nesterov momentum. Its
+    updates are scaled to the size of AdamW's (Liu et al. 2025, arXiv:2502.16982), so both read the same learning rate and
+    decay alike; small networks take, and need, several times AdamW's rate.
 
     Attributes:
       name: "adamw" or "muon".

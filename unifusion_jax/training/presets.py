@@ -1,0 +1,36 @@
+"""Base configurations that several files under configs/ start from."""
+
+import ml_collections
+
+from unifusion_jax.conditioning import ConditioningConfig
+from unifusion_jax.config import to_config_dict
+from unifusion_jax.dit import DiTConfig
+from unifusion_jax.training.config import TrainConfig
+
+
+def demo() -> ml_collections.ConfigDict:
+    """Returns the demo model on its bundled frozen networks, with Muon; data, lengths and rates are left to the caller."""
+    config = to_config_dict(
+        TrainConfig(
+            dit=DiTConfig.demo(),
+            conditioning=ConditioningConfig(lap_heads=4, refiner_heads=5, lap_ffn_ratio=2.0, refiner_ffn_ratio=2.0),
+        )
+    )
+    config.batch_size = 16
+    config.log_every_steps = 25
+    config.dtype = "float32"
+    config.ema_decay = 0.995
+    config.encoder.system_prompts = "short"
+    config.encoder.dtype = "float32"
+    config.data.size_px = 96
+    # Four noises for each picture: what the frozen networks compute once serves four samples of the DiT.
+    config.flow.timesteps_per_sample = 4
+    config.flow.base_cells = 36
+    config.optimizer.name = "muon"
+    config.optimizer.warmup_steps = 30
+    config.optimizer.schedule = "cosine"
+    config.optimizer.final_scale = 0.02
+    config.optimizer.weight_decay = 0.01
+    config.checkpoint.every_steps = 400
+    config.preview.every_steps = 400
+    return config
