@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from unifusion_jax.layers import RMSNorm, Stack, SwiGLU
+from unifusion_jax.layers import RMSNorm, Stack, SwiGLU, linear
 from unifusion_jax.parallel.attention import attention
 from unifusion_jax.parallel.mesh import MeshConfig, make_mesh
 from unifusion_jax.parallel.sharding import global_batch, param_axes, param_shardings, spec_of
@@ -31,6 +31,37 @@ def test_stack_equals_a_python_loop_over_its_blocks():
 def test_stack_blocks_start_different():
     kernel = Tower(3, nnx.Rngs(0)).stack.blocks.gate.kernel[...]
     assert not np.allclose(kernel[0], kernel[1])
+
+
+@pytest.mark.parametrize("shape", [(6,), (5, 6), (2, 5, 6)])
+@pytest.mark.parametrize("remat", [False, True])
+def test_a_linear_maps_gradient_is_that_of_a_plain_product(shape, remat):
+    layer = linear(6, 4, ("embed", "mlp"), bias=True, rngs=nnx.Rngs(0))
+    x, target = jax.random.normal(jax.random.key(1), shape), jax.random.normal(jax.random.key(2), (*shape[:-1], 4))
+    kernel, bias = layer.kernel[...], layer.bias[...]
+
+    def ours(kernel, x):
+        module = nnx.clone(layer)
+        module.kernel[...] = kernel
+        return jnp.sum(jnp.square(module(x) - target))
+
+    def plain(kernel, x):
+        return jnp.sum(jnp.square(x @ kernel + bias - target))
+
+    found = jax.grad(jax.checkpoint(ours) if remat else ours, argnums=(0, 1))(kernel, x)
+    for a, b in zip(found, jax.grad(plain, argnums=(0, 1))(kernel, x), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_linear_map_in_bfloat16_keeps_its_types():
+    layer = linear(6, 4, ("embed", "mlp"), dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    x = jnp.ones((2, 6), jnp.bfloat16)
+    graphdef, params = nnx.split(layer)
+    value, gradient = jax.value_and_grad(lambda p: nnx.merge(graphdef, p)(x).astype(jnp.float32).sum())(params)
+    assert nnx.merge(graphdef, params)(x).dtype == jnp.bfloat16
+    assert gradient.kernel[...].dtype == jnp.float32  # of the float32 master weights
+    np.testing.assert_allclose(gradient.kernel[...], 2.0)
+    assert np.isfinite(value)
 
 
 def test_stack_can_stop_early_and_collects_outputs():

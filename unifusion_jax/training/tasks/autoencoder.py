@@ -94,10 +94,11 @@ class AutoencoderTask:
         return {"psnr_db": float(np.mean(10 * np.log10(4.0 / np.concatenate(errors))))}
 
     def export(self, params: Params, folder: Path) -> None:
-        """Measures the latents' statistics and writes a diffusers folder."""
+        """Measures the latents' statistics and writes a diffusers folder in bfloat16."""
         with self._unseen() as batches:
             images = [np.asarray(to_float(next(batches).data)) for _ in range(_STATISTICS_BATCHES)]
-        self._autoencoder(params).with_latent_statistics(images).save(folder)
+        measured = self._autoencoder(params).with_latent_statistics(images)
+        measured.with_params(jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), measured.params)).save(folder)
 
     def _autoencoder(self, params: Params) -> Autoencoder:
         return Autoencoder(self.model_config, params)
