@@ -31,6 +31,6 @@ def demo() -> ml_collections.ConfigDict:
     config.optimizer.schedule = "cosine"
     config.optimizer.final_scale = 0.02
     config.optimizer.weight_decay = 0.01
-    config.checkpoint.every_steps = 400
-    config.preview.every_steps = 400
+    config.checkpoint.every_steps = 300
+    config.preview.every_steps = 300
     return config
