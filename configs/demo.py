@@ -13,7 +13,7 @@ import ml_collections
 
 from unifusion_jax.training import presets
 
-_TASKS = {"text_to_image": 0.72, "reconstruction": 0.04, "joint": 0.04, "edit": 0.2}
+_TASKS = {"text_to_image": 0.84, "reconstruction": 0.03, "joint": 0.03, "edit": 0.1}
 
 
 def get_config(length: str = "short") -> ml_collections.ConfigDict:
@@ -24,13 +24,15 @@ def get_config(length: str = "short") -> ml_collections.ConfigDict:
     source = {"name": "shapes", "seed": 31}
     # Token budgets are the longest of each task and no more: what pads a batch costs as much as what fills it.
     if length == "short":
-        config.total_steps = 600
+        config.total_steps = 1400
+        config.batch_size = 8
         config.ema_decay = 0.99
         config.optimizer.learning_rate = 1.2e-2
         config.data.sources = (source | {"num_objects": (1, 2), "tasks": {"text_to_image": 1.0}},)
         config.data.budgets = {"text_to_image": {"max_tokens": 96, "max_tiles": 0, "max_kept_tokens": 36}}
     else:
-        config.total_steps = 2000
+        config.total_steps = 4000
+        config.batch_size = 8
         config.optimizer.learning_rate = 6e-3
         config.data.sources = (source | {"tasks": _TASKS},)
         config.data.budgets = {

@@ -53,12 +53,12 @@ class InternVLConfig:
 
     @classmethod
     def demo(cls, vocab_size: int) -> "InternVLConfig":
-        """The bundled small model: tiles of 32 px, 4 tokens a tile; 2.46 million parameters with 1,536 tokens."""
+        """The bundled small model: tiles of 32 px, 4 tokens a tile; 2.66 million parameters with 1,536 tokens."""
         vision = VisionConfig(
             image_px=32, patch_px=8, hidden_size=96, num_layers=4, num_heads=3, ffn_size=384, layer_scale_init=1.0
         )
         decoder = DecoderConfig(
-            vocab_size, 128, 10, 4, 2, 32, 320, max_positions=2048, rope_theta=1e4, tie_embeddings=True
+            vocab_size, 128, 10, 4, 2, 32, 320, max_positions=2048, rope_theta=1e4, tie_embeddings=False
         )
         return cls(vision, decoder)
 

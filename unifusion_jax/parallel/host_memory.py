@@ -30,7 +30,7 @@ def keep_freed_blocks() -> bool:
 
 def cpu_expected() -> bool:
     """Whether JAX will run on CPU, as far as can be told before it starts: asked to, or nothing else is installed."""
-    platforms = jax.config.read("jax_platforms")
+    platforms = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue] declared when jax starts
     if platforms:
         return platforms.split(",")[0] == "cpu"
     plugins = importlib.metadata.entry_points(group="jax_plugins")

@@ -14,7 +14,8 @@ _ADAMW_UPDATE_RMS = 0.2
 class OptimizerConfig:
     """AdamW (Loshchilov & Hutter 2019), which the paper uses, or Muon (Jordan et al. 2024).
 
-    Muon orthogonalises the momentum of every kernel and leaves the other parameters to AdamW with Nesterov momentum. Its
+    Muon orthogonalises the momentum of every kernel but a language model's output head and leaves the other parameters to
+    AdamW with Nesterov momentum. Its
     updates are scaled to the size of AdamW's (Liu et al. 2025, arXiv:2502.16982), so both read the same learning rate and
     decay alike; small networks take, and need, several times AdamW's rate.
 
@@ -96,9 +97,12 @@ def _muon_dimensions(params: Any) -> Any:
     """Says of each kernel which axes are its matrix's rows and columns; None leaves a parameter to AdamW."""
 
     def dimensions(path: Any, leaf: Any) -> MuonDimensionNumbers | None:
-        if not _is_kernel(path):
+        keys = [getattr(key, "key", "") for key in path]
+        if (
+            not _is_kernel(path) or "head" in keys
+        ):  # of a vocabulary's scores, rare words must not move like common ones
             return None
-        stacked = any(getattr(key, "key", "") == "blocks" for key in path)  # layers.Stack: one matrix per layer
+        stacked = "blocks" in keys  # layers.Stack: one matrix per layer
         return MuonDimensionNumbers(tuple(range(int(stacked), leaf.ndim - 1)), leaf.ndim - 1)
 
     return jax.tree_util.tree_map_with_path(dimensions, params)

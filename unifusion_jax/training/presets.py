@@ -31,6 +31,6 @@ def demo() -> Any:
     config.optimizer.schedule = "cosine"
     config.optimizer.final_scale = 0.02
     config.optimizer.weight_decay = 0.01
-    config.checkpoint.every_steps = 300
-    config.preview.every_steps = 300
+    config.checkpoint.every_steps = 500
+    config.preview.every_steps = 500
     return config

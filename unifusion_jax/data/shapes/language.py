@@ -54,6 +54,7 @@ _OPENINGS = 4 * ("",) + (
     "please draw ",
     "paint ",
 )
+DETAILS = ("brief", "mixed", "full")
 _COUNT_OPENINGS = ("{count} {noun}: ", "a picture with {count} {noun}: ", "draw {count} {noun}: ")
 _BACKGROUND_WORDS = (" on a {} background", " on {}", ", {} background", " against a {} background")
 
@@ -184,7 +185,7 @@ def facts(scene: Scene) -> tuple[Fact, ...]:
     return tuple(stated)
 
 
-def user_prompt(scene: Scene, rng: np.random.Generator) -> tuple[str, tuple[Fact, ...]]:
+def user_prompt(scene: Scene, rng: np.random.Generator, *, detail: str | None = None) -> tuple[str, tuple[Fact, ...]]:
     """A short prompt for a scene, as a user might write it.
 
     All objects are named, so their count is always a fact; which of their attributes, their places and the background
@@ -193,17 +194,21 @@ def user_prompt(scene: Scene, rng: np.random.Generator) -> tuple[str, tuple[Fact
     Args:
         scene: a scene with at least one object.
         rng: decides the phrasing.
+        detail: how much it says of the objects, one of `DETAILS`: "brief", "mixed", or "full" for every attribute and the
+            background; random by default.
 
     Returns:
         (prompt, facts): entities are numbered in the order the prompt names them.
 
     Raises:
-        ValueError: the scene is empty.
+        ValueError: the scene is empty, or an unknown detail.
     """
     if not scene.objects:
         raise ValueError("a prompt needs at least one object, got an empty scene")
+    check_detail(detail)
     items = [scene.objects[k] for k in rng.permutation(len(scene.objects))]
-    detail = ("brief", "mixed", "mixed", "mixed", "full")[int(rng.integers(5))]
+    drawn = ("brief", "mixed", "mixed", "mixed", "full")[int(rng.integers(5))]
+    detail = detail or drawn
     mentioned = [_mentioned(detail, rng) for _ in items]
     stated: list[Fact] = []
     if len(items) > 1 and rng.random() < 0.35:
@@ -221,6 +226,12 @@ def user_prompt(scene: Scene, rng: np.random.Generator) -> tuple[str, tuple[Fact
         body += pick(rng, _BACKGROUND_WORDS).format(scene.background)
         stated.append(Fact("global", "background", scene.background))
     return _open(body, len(items), rng), tuple(stated)
+
+
+def check_detail(detail: str | None) -> None:
+    """Raises ValueError for a level of detail that prompts do not have."""
+    if detail is not None and detail not in DETAILS:
+        raise ValueError(f"detail is {detail!r}, but must be one of {', '.join(DETAILS)}, or None for a random one")
 
 
 def _open(body: str, count: int, rng: np.random.Generator) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from unifusion_jax.data.records import RECONSTRUCTION_PROMPT, TASKS, Record
 from unifusion_jax.data.shapes.edits import sample_edit, sample_multi_reference
-from unifusion_jax.data.shapes.language import Fact, describe, facts, user_prompt
+from unifusion_jax.data.shapes.language import Fact, check_detail, describe, facts, user_prompt
 from unifusion_jax.data.shapes.render import render
 from unifusion_jax.data.shapes.scene import REFERENCE_SIZE_PX, Scene, check_split, generator, sample_scene
 
@@ -29,9 +29,10 @@ class ShapesSource(Sequence):
         size_px: side of the pictures, or (width, height).
         num_objects: counts of objects in the pictures of the first three tasks.
         pairs: shape-colour pairs of a held-out split, as in `sample_scene`; default "seen".
+        detail: how much the prompts of text_to_image and joint say, as in `user_prompt`; default random.
 
     Raises:
-        ValueError: an unknown task, split or pairs, or a length that is not positive.
+        ValueError: an unknown task, split, pairs or detail, or a length that is not positive.
     """
 
     def __init__(
@@ -44,10 +45,12 @@ class ShapesSource(Sequence):
         size_px: int | Sequence[int] = REFERENCE_SIZE_PX,
         num_objects: int | Sequence[int] = (1, 2, 3),
         pairs: str | None = None,
+        detail: str | None = None,
     ):
         if task not in TASKS:
             raise ValueError(f"task is {task!r}, but must be one of {', '.join(TASKS)}")
         check_split(split, pairs or "seen")
+        check_detail(detail)
         if length < 1:
             raise ValueError(f"length is {length}, but a source needs at least one example")
         if seed < 0:
@@ -55,7 +58,7 @@ class ShapesSource(Sequence):
         self.task, self.split, self.seed, self.pairs = task, split, seed, pairs
         # Configurations hold lists where Python has tuples.
         self.size_px = size_px if isinstance(size_px, int) else (int(size_px[0]), int(size_px[1]))
-        self.num_objects, self._length = num_objects, length
+        self.num_objects, self.detail, self._length = num_objects, detail, length
 
     def __len__(self) -> int:
         return self._length
@@ -101,7 +104,7 @@ class ShapesSource(Sequence):
         scene = sample_scene(rng, num_objects=self.num_objects, split=self.split, pairs=self.pairs)
         if self.task == "reconstruction":
             return (scene,), RECONSTRUCTION_PROMPT, scene, {"stated": _plain(facts(scene))}
-        prompt, stated = user_prompt(scene, rng)
+        prompt, stated = user_prompt(scene, rng, detail=self.detail)
         return (scene,) if self.task == "joint" else (), prompt, scene, {"stated": _plain(stated)}
 
 
