@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from unifusion_jax.encoders.decoder import DecoderConfig, RopeScaling
+from unifusion_jax.encoders.decoder_config import DecoderConfig, Llama3Scaling
 from unifusion_jax.weights import LINEAR, Rule
 
 # What a family's configuration class assumes for keys that config.json leaves out.
@@ -70,7 +70,7 @@ def decoder_config(text: Mapping[str, Any], *, tie_embeddings: bool) -> DecoderC
     )
 
 
-def _rope(values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+def _rope(values: Mapping[str, Any]) -> tuple[float, Llama3Scaling | None]:
     """Reads base and scaling from both spellings: rope_theta with rope_scaling, and rope_parameters."""
     rope = {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
     theta = float(rope.get("rope_theta", values["rope_theta"]))
@@ -78,7 +78,7 @@ def _rope(values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     if kind in ("default", "dynamic"):  # dynamic scaling acts beyond max_position_embeddings only, which is refused
         return theta, None
     if kind == "llama3":
-        return theta, RopeScaling(
+        return theta, Llama3Scaling(
             factor=rope["factor"],
             low_freq_factor=rope["low_freq_factor"],
             high_freq_factor=rope["high_freq_factor"],
