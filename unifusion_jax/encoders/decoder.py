@@ -261,12 +261,12 @@ class Decoder(nnx.Module):
         order = token_positions(mask)
         ropes = self._ropes(order if positions is None else positions)
         context = Context(*ropes, order, order, mask, query_images=images, key_images=images)
-        slots, buffer = _export_slots(embeddings, layers, keep_index)
+        slots, buffer = export_slots(embeddings, layers, keep_index)
 
         def apply(block: Block, carry: tuple, inputs: tuple) -> tuple[tuple, None]:
             (x, buffer), (slot, sliding) = carry, inputs
             x = block(x, context, sliding)
-            return (x, buffer.at[slot].set(_gather(x, keep_index))), None
+            return (x, buffer.at[slot].set(gather_kept(x, keep_index))), None
 
         depth = max(layers)
         if depth:
@@ -294,7 +294,7 @@ class Decoder(nnx.Module):
           The residual stream after the last block, the states of `layers`, and the cache with the new keys and values.
         """
         layers = self.config.check_layers(layers)
-        slots, buffer = _export_slots(embeddings, layers, keep_index, depth=self.config.num_layers)
+        slots, buffer = export_slots(embeddings, layers, keep_index, depth=self.config.num_layers)
         start = jnp.asarray(slot, jnp.int32)
         tokens, room = embeddings.shape[1], cache.mask.shape[1]
         key_order = token_positions(cache.mask)
@@ -311,7 +311,7 @@ class Decoder(nnx.Module):
         def apply(block: Block, carry: tuple, inputs: tuple) -> tuple[tuple, None]:
             (x, buffer, cache), (layer, slot, sliding) = carry, inputs
             x, cache = block.cached(x, context, sliding, cache, layer)
-            return (x, buffer.at[slot].set(_gather(x, keep_index)), cache), None
+            return (x, buffer.at[slot].set(gather_kept(x, keep_index)), cache), None
 
         numbers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
         inputs = (numbers, slots, self.config.sliding)
@@ -340,11 +340,12 @@ class Decoder(nnx.Module):
         return (jnp.cos(plain), jnp.sin(plain)), (jnp.cos(sliding), jnp.sin(sliding))
 
 
-def _gather(x: Float[Array, "B S H"], keep_index: Int[Array, "B C"] | None) -> Float[Array, "B C H"]:
+def gather_kept(x: Float[Array, "B S H"], keep_index: Int[Array, "B C"] | None) -> Float[Array, "B C H"]:
+    """Takes the tokens at `keep_index` out of `x`; all of them when None."""
     return x if keep_index is None else jnp.take_along_axis(x, keep_index[:, :, None], axis=1)
 
 
-def _export_slots(
+def export_slots(
     embeddings: Float[Array, "B S H"],
     layers: tuple[int, ...],
     keep_index: Int[Array, "B C"] | None,
@@ -356,6 +357,6 @@ def _export_slots(
     for row, layer in enumerate(layers):
         if layer:
             slots[layer - 1] = row
-    kept = _gather(embeddings, keep_index)
+    kept = gather_kept(embeddings, keep_index)
     buffer = jnp.zeros((len(layers) + 1, *kept.shape), kept.dtype)
     return slots, buffer.at[layers.index(0)].set(kept) if 0 in layers else buffer

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from unifusion_jax import weights
-from unifusion_jax.encoders import decoding, folder, internvl_weights
+from unifusion_jax.encoders import decoding, folder, registry
 from unifusion_jax.encoders.batch import EncoderBatch, LayerStates
 from unifusion_jax.encoders.decoder_config import check_layers
 from unifusion_jax.encoders.internvl import InternVLConfig
@@ -50,7 +50,7 @@ class Rewrite:
 
 
 class Encoder:
-    """A vision-language model and its processor.
+    """A frozen language model, with or without vision, and its processor.
 
     Attributes:
       config: sizes of the model.
@@ -200,17 +200,21 @@ class Encoder:
             other rows.
 
         Raises:
-          ValueError: prompt and description together exceed the decoder's positions.
+          ValueError: prompt and description together exceed the decoder's positions, or the encoder has no decoder.
         """
         if max_new_tokens < 1 or temperature < 0:
             raise ValueError(
                 f"Expected max_new_tokens >= 1 and temperature >= 0, got {max_new_tokens} and {temperature}."
             )
+        if not self.config.decodes:
+            raise ValueError(
+                "This encoder has no decoder (T5 only reads), so it cannot rewrite. Export its states instead."
+            )
         processor = self.processor
         rows = []
         for prompt in prompts:
             system = system_prompt if prompt.system is None else prompt.system
-            asked = dataclasses.replace(prompt, target=None, system=system)
+            asked = dataclasses.replace(prompt, target="", system=system)
             rows.append(processor.prepare_row(asked, max_tiles=max_tiles))
         batch = processor.collate(rows, max_tokens=self._prompt_tokens(rows, max_new_tokens))
         seeds = [seed] * len(rows) if isinstance(seed, int) else list(seed)
@@ -237,7 +241,12 @@ class Encoder:
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a folder in the transformers layout, which `load` and InternVLForConditionalGeneration read."""
+        """Writes a folder in the transformers layout, which `load` and InternVLForConditionalGeneration read.
+
+        Raises ValueError for models other than InternVL.
+        """
+        if not isinstance(self.config, InternVLConfig):
+            raise ValueError("Only InternVL models can be written; other published encoders are read only.")
         folder.write(Path(path), self.config, self.params, self.processor)
 
     def _prompt_tokens(self, rows: Sequence[Any], max_new_tokens: int) -> int:
@@ -317,7 +326,7 @@ def load(
     """Loads an encoder; its `config.json` decides which.
 
     Args:
-      path: local folder or hub id, in transformers' layout or the original one.
+      path: local folder or hub id, in any published layout; `docs/encoders.md` lists families and layouts.
       layers: exported layers, 0 (embeddings) .. number of blocks; every third from 1 when None.
       dtype: of parameters and states.
       mesh: devices to spread the parameters over; the default device when None.
@@ -328,21 +337,25 @@ def load(
     """
     root = weights.resolve(path)
     raw = weights.read_json(root / "config.json")
-    folder.read_config(raw)  # an unsupported model is told before its weights are looked for
+    family = registry.find(raw)
+    rules = family.rules(family.read_config(raw))  # an unsupported model is told before its weights are looked for
     files = weights.SafetensorsFolder(root)
-    config = folder.read_config(raw, has_head=folder.has_head(files))
+    heads = {rule.source for rule in rules if rule.target == "decoder.head.kernel"}
+    config = family.read_config(raw, has_head=any(family.canonical_name(name) in heads for name in files.names()))
     model = abstract_model(config, dtype)
 
     def rename(name: str) -> str | None:
-        canonical = internvl_weights.canonical_name(name)
+        canonical = family.canonical_name(name)
         # Some writers store the output head although it is tied to the embeddings.
-        return None if canonical == "lm_head.weight" and config.decoder.tie_embeddings else canonical
+        return None if canonical in heads and config.decoder.tie_embeddings else canonical
 
     params = weights.load(
         nnx.to_pure_dict(nnx.state(model, nnx.Param)),
         files,
-        internvl_weights.READ_RULES,
+        rules,
         rename=rename,
         shardings=param_shardings(model, mesh) if mesh is not None else None,
     )
-    return Encoder(config, params, functools.partial(folder.read_processor, root, config), layers=layers, mesh=mesh)
+    return Encoder(
+        config, params, functools.partial(family.read_processor, root, raw, config), layers=layers, mesh=mesh
+    )

@@ -57,6 +57,13 @@ class InternVLConfig(DecoderSizes):
         return cls(VisionConfig(), DecoderConfig(151674, 896, 24, 14, 2, 64, 4864))
 
     @classmethod
+    def internvl2_5_8b(cls) -> "InternVLConfig":
+        """InternVL2.5-8B: InternLM2.5-7B behind InternViT-300M."""
+        return cls(
+            VisionConfig(), DecoderConfig(92553, 4096, 32, 32, 8, 128, 14336, rms_eps=1e-5, attention_bias=False)
+        )
+
+    @classmethod
     def demo(cls, vocab_size: int) -> "InternVLConfig":
         """The bundled small model: tiles of 32 px, 4 tokens a tile; 2.46 million parameters with 1,536 tokens."""
         vision = VisionConfig(

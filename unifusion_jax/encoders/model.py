@@ -5,7 +5,7 @@ positions or image blocks that attend in both directions.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,6 +15,8 @@ from jaxtyping import Array, Float, Int
 from unifusion_jax import layers as nn
 from unifusion_jax.encoders.batch import EncoderBatch
 from unifusion_jax.encoders.decoder import Decoder, DecoderConfig, Positions, token_positions
+from unifusion_jax.encoders.decoder_config import Llama3Scaling
+from unifusion_jax.encoders.families import decoder_config
 
 
 class DecoderSizes:
@@ -114,3 +116,50 @@ class TextConfig(DecoderSizes):
     def build(self, *, param_dtype: Any = jnp.float32, rngs: nnx.Rngs) -> LanguageModel:
         """Makes the network with random parameters."""
         return LanguageModel(self, param_dtype=param_dtype, rngs=rngs)
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any], *, has_head: bool = True) -> "TextConfig":
+        """Reads a `config.json`; `has_head` decides about tied embeddings where the file is silent.
+
+        Raises ValueError, naming key and value, for what is not supported.
+        """
+        tied = config.get("tie_word_embeddings")
+        if tied is None:
+            tied = config.get("model_type") == "gemma3_text" or not has_head
+        return cls(decoder_config(config, tie_embeddings=bool(tied)))
+
+    @classmethod
+    def llama3_1_8b(cls) -> "TextConfig":
+        """Llama 3.1 8B."""
+        return cls(
+            DecoderConfig(
+                128256, 4096, 32, 32, 8, 128, 14336, max_positions=131072, rms_eps=1e-5, rope_theta=5e5,
+                rope_scaling=Llama3Scaling(8.0, 1.0, 4.0, 8192), attention_bias=False,
+            )
+        )  # fmt: skip
+
+    @classmethod
+    def gemma3_4b(cls) -> "TextConfig":
+        """Language model of Gemma 3 4B."""
+        return cls(_gemma3(2560, 34, 8, 4, 256, 10240))
+
+    @classmethod
+    def gemma3_12b(cls) -> "TextConfig":
+        """Language model of Gemma 3 12B."""
+        return cls(_gemma3(3840, 48, 16, 8, 256, 15360))
+
+    @classmethod
+    def gemma3_27b(cls) -> "TextConfig":
+        """Language model of Gemma 3 27B, whose scores are scaled by the width per head, not by the head's own."""
+        return cls(_gemma3(5376, 62, 32, 16, 128, 21504, query_scalar=168))
+
+
+def _gemma3(
+    hidden: int, layers: int, heads: int, kv_heads: int, head_dim: int, ffn: int, *, query_scalar: int = 256
+) -> DecoderConfig:
+    text = {
+        "model_type": "gemma3_text", "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads, "head_dim": head_dim, "intermediate_size": ffn, "sliding_window": 1024,
+        "query_pre_attn_scalar": query_scalar, "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    }  # fmt: skip
+    return decoder_config(text, tie_embeddings=True)
