@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import PIL.Image
@@ -28,6 +28,7 @@ class Row:
     grid: Int[np.ndarray, "t 3"] | None = None
 
 
+@runtime_checkable
 class Tiling(Protocol):
     """A rule that cuts images; `tiling.TilingConfig` is one."""
 
