@@ -233,7 +233,7 @@ def decoder_rules(prefix: str, head: str, target: str = "decoder", *, post_norms
 
 
 def meta_rules(config: DecoderConfig, prefix: str, head: str, target: str = "decoder") -> list[Rule]:
-    """Returns the weight table of Meta's own names of Llama, which InternLM2 shares; only for reading.
+    """Returns what Meta's own names of Llama, which InternLM2 shares, add to `decoder_rules`; only for reading.
 
     The families differ in q, k and v: InternLM2 packs them in one map, Meta turns neighbouring pairs where all others turn
     first and second half.
@@ -241,7 +241,6 @@ def meta_rules(config: DecoderConfig, prefix: str, head: str, target: str = "dec
     block, layer = f"{target}.layers.blocks", f"{prefix}layers.{{layer}}"
     rules = [
         Rule(f"{prefix}tok_embeddings.weight", f"{target}.embed.embedding"),
-        Rule(f"{prefix}norm.weight", f"{target}.norm.scale"),
         Rule(head, f"{target}.head.kernel", LINEAR),
         Rule(f"{layer}.attention_norm.weight", f"{block}.attention_norm.scale"),
         Rule(f"{layer}.ffn_norm.weight", f"{block}.ffn_norm.scale"),
