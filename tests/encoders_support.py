@@ -224,11 +224,11 @@ def relative_error(ours: np.ndarray, theirs: np.ndarray, mask: np.ndarray) -> fl
     )
 
 
-def teacher_forced(encoder, rewrite, prompts) -> LayerStates:
+def teacher_forced(encoder, rewrite, prompts, *, max_tiles: int | None = 4) -> LayerStates:
     """The states of the finished text by `export`: the answers' tokens appended to the prompts."""
     rows = []
     for prompt, answer in zip(prompts, rewrite.token_ids, strict=True):
-        row = encoder.processor.prepare_row(dataclasses.replace(prompt, target=""), max_tiles=4)
+        row = encoder.processor.prepare_row(dataclasses.replace(prompt, target=""), max_tiles=max_tiles)
         marks = {"is_image": False, "keep": True, "is_target": True}
         joined = {name: np.append(getattr(row, name), np.full(len(answer), value)) for name, value in marks.items()}
         ids = np.append(row.token_ids, answer).astype(np.int32)

@@ -81,13 +81,21 @@ def _original_tiling(raw: Mapping[str, Any], config: InternVLConfig) -> TilingCo
     )
 
 
-def _tiling(folder: Path, config: InternVLConfig) -> TilingConfig:
-    """Reads preprocessor_config.json, or the image processor's part of processor_config.json (newer files)."""
+def read_image_settings(folder: Path) -> dict[str, Any]:
+    """Reads preprocessor_config.json, or the image processor's part of processor_config.json (newer files).
+
+    Settings that are null, or files that do not exist, are left out.
+    """
     settings: dict[str, Any] = {}
     if (folder / "preprocessor_config.json").exists():
         settings = weights.read_json(folder / "preprocessor_config.json")
     elif (folder / "processor_config.json").exists():
         settings = weights.read_json(folder / "processor_config.json").get("image_processor") or {}
+    return {key: value for key, value in settings.items() if value is not None}
+
+
+def _tiling(folder: Path, config: InternVLConfig) -> TilingConfig:
+    settings = read_image_settings(folder)
     return TilingConfig(
         tile_px=config.vision.image_px,
         min_tiles=settings.get("min_patches", 1),

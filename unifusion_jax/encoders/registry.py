@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from unifusion_jax import weights
-from unifusion_jax.encoders import families, folder, internvl_weights
+from unifusion_jax.encoders import families, folder, gemma_vision_folder, internvl_weights, qwen_vl_folder, t5_folder
+from unifusion_jax.encoders.gemma_vision import GemmaVisionConfig
 from unifusion_jax.encoders.internvl import InternVLConfig
 from unifusion_jax.encoders.model import TextConfig
 from unifusion_jax.encoders.processor import Processor
+from unifusion_jax.encoders.qwen_vl import QwenVLConfig
+from unifusion_jax.encoders.t5 import T5Config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +45,25 @@ _INTERNVL = Family(
     internvl_weights.canonical_name,
     folder.read_internvl_processor,
 )
+_GEMMA_VISION = Family(
+    GemmaVisionConfig.from_hf,
+    lambda config: gemma_vision_folder.RULES,
+    gemma_vision_folder.canonical_name,
+    gemma_vision_folder.read_processor,
+)
+_QWEN_VL = Family(
+    QwenVLConfig.from_hf,
+    lambda config: qwen_vl_folder.RULES,
+    qwen_vl_folder.canonical_name,
+    qwen_vl_folder.read_processor,
+)
+_T5 = Family(T5Config.from_hf, lambda config: t5_folder.RULES, t5_folder.canonical_name, t5_folder.read_processor)
 _TEXT = Family(TextConfig.from_hf, _text_rules, families.canonical_name, folder.read_text_processor)
 
 FAMILIES: dict[str, Family] = {
+    "gemma3": _GEMMA_VISION,
+    "qwen2_5_vl": _QWEN_VL,
+    "t5": _T5,
     "internvl": _INTERNVL,
     "internvl_chat": _INTERNVL,
     **dict.fromkeys(families.LANGUAGE_MODELS, _TEXT),

@@ -13,14 +13,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from unifusion_jax import layers as nn
+from unifusion_jax.encoders.decoder_config import ACTIVATIONS
 from unifusion_jax.parallel.attention import attention
-
-
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-    "silu": jax.nn.silu,
-}
 
 
 @dataclasses.dataclass(frozen=True)
