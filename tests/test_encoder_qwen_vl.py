@@ -61,7 +61,9 @@ def test_every_layer_and_the_logits_equal_transformers(loaded, runs, variant):
         and batch.pixels.shape[1] % loaded[variant].config.vision.window_tiles ** 2 == 0
     )
     theirs, their_logits = hidden_states(qwen_reference(variant), qwen_inputs(batch, PROMPTS))
-    assert ours.shape == theirs.shape and relative_error(ours, theirs, batch.mask) < 1e-4
+    error = relative_error(ours, theirs, batch.mask)
+    print(f"{variant}: worst layer {error:.1e} of its rms")  # docs/encoders.md gives the command that shows these
+    assert ours.shape == theirs.shape and error < 1e-4
     decoder = loaded[variant].module(loaded[variant].params).decoder
     logits = decoder.logits(jnp.asarray(ours[:, :, -1]))
     assert relative_error(logits[:, :, None], their_logits[:, :, None], batch.mask) < 1e-4
@@ -69,7 +71,7 @@ def test_every_layer_and_the_logits_equal_transformers(loaded, runs, variant):
 
 def test_padding_on_the_left_and_more_room_for_tiles(loaded, runs):
     batch = runs["wide"][0]
-    spare = 18
+    spare = 20  # not a whole number of windows
     left = dataclasses.replace(
         batch,
         **moved_left(batch),
@@ -109,7 +111,9 @@ def test_all_layouts_load_bit_equal(loaded, tmp_path, variant, layout):
 
 def test_bfloat16_states_follow_float32(folders, runs):
     batch, exact = runs["wide"]
-    assert least_cosine(states_of(encoders.load(folders["wide"]), batch), exact, batch.mask) > 0.999
+    cosine = least_cosine(states_of(encoders.load(folders["wide"]), batch), exact, batch.mask)
+    print(f"least bfloat16 cosine of any token and layer {cosine:.5f}")
+    assert cosine > 0.999
 
 
 def test_rewriting_equals_teacher_forcing_and_generate(loaded):

@@ -188,10 +188,14 @@ class QwenVisionTower(nnx.Module):
         """Returns the embedding of each tile.
 
         Args:
-          pixels: tiles in groups of whole windows, each group of `window_tiles` ** 2.
+          pixels: tiles in groups of whole windows, each group of `window_tiles` ** 2; the last may be cut short.
           grid: image, row and column of each tile, -1 for places without one (their embeddings are noise).
           remat: wraps the scanned block.
         """
+        tiles = pixels.shape[1]
+        spare = -tiles % self.config.window_tiles**2
+        pixels = jnp.pad(pixels, ((0, 0), (0, spare), (0, 0), (0, 0), (0, 0)))
+        grid = jnp.pad(grid, ((0, 0), (0, spare), (0, 0)), constant_values=-1)
         x, rows, columns = self._patches(pixels, grid)
         frequencies = self.config.rope_frequencies
         angles = jnp.concatenate([rows[..., None] * frequencies, columns[..., None] * frequencies], axis=-1)
@@ -213,7 +217,7 @@ class QwenVisionTower(nnx.Module):
             return block(x, attend), None
 
         x, _ = self.layers.scan(apply, x, full, remat=remat)
-        merged = self.norm(x).reshape(*pixels.shape[:2], -1)
+        merged = self.norm(x).reshape(*pixels.shape[:2], -1)[:, :tiles]
         return self.down(jax.nn.gelu(self.up(merged), approximate=False))
 
     def _patches(self, pixels: jax.Array, grid: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
