@@ -92,7 +92,7 @@ _CLASSES = {
 
 @functools.cache
 def text_model(variant: str) -> transformers.PreTrainedModel:
-    """A float32 model, every parameter random, biases and norms too."""
+    """A float32 model, every parameter random, biases and norms too; each a bfloat16 number, as in published files."""
     family, _, settings = VARIANTS[variant]
     config_class, model_class = _CLASSES[family]
     rope = {} if "rope_parameters" in settings else {"rope_parameters": {"rope_type": "default", "rope_theta": 700.0}}
@@ -108,7 +108,10 @@ def text_model(variant: str) -> transformers.PreTrainedModel:
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             mean = 1.0 if "norm" in name and family != "gemma3_text" else 0.0
-            parameter.copy_(mean + 0.2 * noise if "norm" in name else noise / max(parameter.shape[-1], 9) ** 0.5)
+            # Embeddings as large as what a block adds: beside smaller ones rounding is amplified as in no trained model.
+            width = 1 if "embed_tokens" in name else max(parameter.shape[-1], 9)
+            value = mean + 0.2 * noise if "norm" in name else noise / width**0.5
+            parameter.copy_(value.bfloat16())
     return model
 
 
