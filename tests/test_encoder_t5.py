@@ -86,14 +86,15 @@ def test_encoder_alone_loads_bit_equal(loaded, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, encoder.params, loaded["wide"].params)
 
 
-def test_bfloat16_states_follow_float32(loaded, folders):
-    batch = loaded["wide"].prepare(PROMPTS)
-    rough = encoders.load(folders["wide"])
+@pytest.mark.parametrize("variant", T5_VARIANTS)
+def test_bfloat16_states_follow_float32(loaded, folders, variant):
+    batch = loaded[variant].prepare(PROMPTS)
+    rough = encoders.load(folders[variant])
     assert {leaf.dtype for leaf in jax.tree.leaves(rough.params)} == {jnp.dtype(jnp.bfloat16)}
     layers = every_layer(rough)
-    exact = np.asarray(loaded["wide"].layer_states(batch, layers=layers))
+    exact = np.asarray(loaded[variant].layer_states(batch, layers=layers))
     cosine = least_cosine(rough.layer_states(batch, layers=layers), exact, batch.mask)
-    print(f"least bfloat16 cosine of any token and layer {cosine:.5f}")
+    print(f"{variant}: least bfloat16 cosine of any token and layer {cosine:.5f}")
     assert cosine > 0.999
 
 

@@ -230,8 +230,8 @@ def _published_gemma(name: str) -> str:
     return name.replace("language_model.", "language_model.model.")
 
 
-def gemma_processor(variant: str, *, crops: bool = False) -> Any:
-    images = Gemma3ImageProcessorPil(**gemma_settings(crops=crops))
+def gemma_processor(variant: str) -> Any:
+    images = Gemma3ImageProcessorPil(**gemma_settings(crops=False))
     return transformers.Gemma3Processor(
         images, gemma_tokenizer(), chat_template=GEMMA_JINJA, image_seq_length=GEMMA_VARIANTS[variant][2]
     )
@@ -264,7 +264,7 @@ def t5_tokenizer() -> Any:
 
 
 T5_VARIANTS = {
-    "wide": {"d_model": 24, "d_kv": 10, "d_ff": 40, "num_layers": 4, "num_heads": 3},
+    "wide": {"d_model": 48, "d_kv": 20, "d_ff": 90, "num_layers": 4, "num_heads": 3},
     "few buckets": {
         "d_model": 30, "d_kv": 6, "d_ff": 44, "num_layers": 3, "num_heads": 5, "relative_attention_num_buckets": 8,
         "relative_attention_max_distance": 20, "feed_forward_proj": "gated-silu",
