@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from encoders_support import photo, reference, reference_run, tokenizer, write_reference
+from encoders_support import (
+    assert_same_states,
+    photo,
+    reference,
+    reference_run,
+    teacher_forced,
+    tokenizer,
+    write_reference,
+)
 
 from unifusion_jax import encoders
 from unifusion_jax.encoders import Encoder, InternVLConfig, Processor, Prompt
@@ -47,26 +55,6 @@ def stopping_at(encoder, *ids: int) -> Encoder:
     globals()["STOP_IDS"] = ids
     fields = {field.name: getattr(encoder.processor, field.name) for field in dataclasses.fields(Processor)}
     return Encoder(encoder.config, encoder.params, EarlyStop(**fields), layers=encoder.layers)
-
-
-def teacher_forced(encoder, rewrite, prompts) -> encoders.LayerStates:
-    """The states of the finished text by `export`: the answers' tokens appended to the prompts."""
-    rows = []
-    for prompt, answer in zip(prompts, rewrite.token_ids, strict=True):
-        row = encoder.processor.prepare_row(dataclasses.replace(prompt, target=""), max_tiles=4)
-        marks = {"is_image": False, "keep": True, "is_target": True}
-        joined = {name: np.append(getattr(row, name), np.full(len(answer), value)) for name, value in marks.items()}
-        ids = np.append(row.token_ids, answer).astype(np.int32)
-        rows.append(dataclasses.replace(row, token_ids=ids, **joined))
-    return encoder.export(encoder.processor.collate(rows))
-
-
-def assert_same_states(ours, theirs) -> None:
-    np.testing.assert_array_equal(ours.mask, theirs.mask)
-    np.testing.assert_array_equal(ours.is_image, theirs.is_image)
-    scale = np.sqrt(np.mean(np.square(theirs.states), axis=(0, 1, 3)))
-    error = np.abs(np.asarray(ours.states) - np.asarray(theirs.states)).max(axis=(0, 1, 3))
-    assert (error / scale).max() < 1e-4
 
 
 def test_states_equal_teacher_forcing(encoder, greedy):

@@ -244,7 +244,7 @@ def load_frozen(config: TrainConfig, mesh: Any = None) -> tuple[Encoder, Autoenc
 
 def model_config_of(config: TrainConfig, encoder: Encoder) -> ModelConfig:
     """Returns the sizes that a training config implies for this encoder."""
-    return ModelConfig(len(encoder.layers), encoder.config.decoder.hidden_size, config.conditioning, config.dit)
+    return ModelConfig(len(encoder.layers), encoder.config.hidden_size, config.conditioning, config.dit)
 
 
 @functools.cache
@@ -293,7 +293,7 @@ def check_fit(encoder: Encoder, autoencoder: Autoencoder, model: ModelConfig) ->
     """Raises ValueError naming the dimension in which frozen and trained parts disagree."""
     pairs = (
         ("exported layers (encoder.layers)", len(encoder.layers), model.num_layers),
-        ("encoder width (encoder.path)", encoder.config.decoder.hidden_size, model.encoder_size),
+        ("encoder width (encoder.path)", encoder.config.hidden_size, model.encoder_size),
         (
             "latent channels (autoencoder.path, dit.latent_channels)",
             autoencoder.latent_channels,

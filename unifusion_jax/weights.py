@@ -45,6 +45,7 @@ def _permute(*order: int) -> Transform:
 IDENTITY = Transform(lambda x: x, lambda x: x)
 LINEAR = _permute(1, 0)  # torch (out, in) -> (in, out)
 CONV = _permute(2, 3, 1, 0)  # torch (out, in, kh, kw) -> (kh, kw, in, out)
+CONV3D = _permute(2, 3, 4, 1, 0)  # torch (out, in, kt, kh, kw) -> (kt, kh, kw, in, out)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -53,6 +53,7 @@ class EncoderBatch:
       keep: tokens whose states condition the image generator: image tokens and the words chosen by `Prompt.target`.
       pixels: normalised tiles, rows padded with zero tiles; None for a batch without images.
       is_target: the assistant's answer with its closing token, where training gives one; else None or all False.
+      grid: number of its image, row and column of each tile, -1 where there is none, for models whose tiles need them.
     """
 
     token_ids: Int[AnyArray, "B S"]
@@ -61,6 +62,7 @@ class EncoderBatch:
     keep: Bool[AnyArray, "B S"]
     pixels: Float[AnyArray, "B T h w 3"] | None = None
     is_target: Bool[AnyArray, "B S"] | None = None
+    grid: Int[AnyArray, "B T 3"] | None = None
 
     @classmethod
     def from_tokens(cls, token_ids: Any, mask: Any = None) -> "EncoderBatch":

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from unifusion_jax.encoders.batch import AnyArray, EncoderBatch, LayerStates, pytree
-from unifusion_jax.encoders.decoder import KVCache, token_positions
-from unifusion_jax.encoders.internvl import InternVL
+from unifusion_jax.encoders.decoder import KVCache, Positions
+from unifusion_jax.encoders.model import LanguageModel
 
 
 @pytree
@@ -57,7 +57,7 @@ class _Loop:
 
 
 def decode(
-    model: InternVL,
+    model: LanguageModel,
     batch: EncoderBatch,
     keys: Array,
     temperature: Float[Array, ""],
@@ -80,10 +80,13 @@ def decode(
       max_new_tokens: most words a row.
     """
     mask = jnp.asarray(batch.mask)
-    prompt_slots, lengths = mask.shape[1], jnp.sum(mask, axis=1)
+    prompt_slots = mask.shape[1]
+    positions = model.positions(batch)
+    # An answer goes on after the largest position of its prompt, on all axes where there are three.
+    following = 1 + jnp.max(jnp.where(mask, positions, -1).reshape(-1, *mask.shape), axis=(0, 2))
     decoder = model.decoder
     image_index, image_mask = compact_index(jnp.asarray(batch.is_image) & mask, image_tokens)
-    logits, image_states, cache = _prefill(model, batch, image_index, layers, max_new_tokens)
+    logits, image_states, cache = _prefill(model, batch, positions, image_index, layers, max_new_tokens)
 
     def draw(logits: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
         token = sample_tokens(logits, keys, step, temperature)
@@ -93,7 +96,7 @@ def decode(
         slot = prompt_slots + loop.step
         cache = dataclasses.replace(loop.cache, mask=loop.cache.mask.at[:, slot].set(True))
         x, states, cache = decoder.cached_states(
-            model.embed_tokens(loop.token[:, None]), (lengths + loop.step)[:, None], cache, slot, layers
+            model.embed_tokens(loop.token[:, None]), (following + loop.step)[:, None], cache, slot, layers
         )
         token, stopped = draw(decoder.logits(x[:, 0]), loop.step + 1)
         return _Loop(
@@ -120,8 +123,9 @@ def decode(
 
 
 def _prefill(
-    model: InternVL,
+    model: LanguageModel,
     batch: EncoderBatch,
+    positions: Positions,
     image_index: Int[Array, "B C"],
     layers: Sequence[int],
     max_new_tokens: int,
@@ -131,7 +135,7 @@ def _prefill(
     embeddings = model.embed(batch)
     cache = model.decoder.empty_cache(jnp.pad(mask, ((0, 0), (0, max_new_tokens))), embeddings.dtype)
     hidden, image_states, cache = model.decoder.cached_states(
-        embeddings, token_positions(mask), cache, 0, layers, keep_index=image_index
+        embeddings, positions, cache, 0, layers, images=model.image_blocks(batch), keep_index=image_index
     )
     last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
     return model.decoder.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]), image_states, cache

@@ -16,20 +16,22 @@ def attention(
     causal: bool = False,
     kv_mask: Bool[Array, "B K"] | None = None,
     mask: Bool[Array, "B S K"] | None = None,
+    bias: Float[Array, "#B A S K"] | None = None,
     query_offset: int | Int[Array, ""] = 0,
     scale: float | None = None,
 ) -> Float[Array, "B S A E"]:
     """Scaled dot-product attention with grouped key-value heads; the softmax runs in float32.
 
     `causal` lets query i see keys up to i + `query_offset` (the offset is the cache position when decoding); `kv_mask` marks
-    the keys that exist; `mask` is any further restriction. All given restrictions must hold. `scale` defaults to E**-0.5.
+    the keys that exist; `mask` is any further restriction. All given restrictions must hold. `scale` defaults to E**-0.5;
+    `bias` is added to the scaled products.
     A query that may see nothing returns the mean of the values, never NaN. Raises ValueError when A is not a multiple of G.
     """
     heads, kv_heads = query.shape[2], key.shape[2]
     if heads % kv_heads:
         raise ValueError(f"Query heads must be a multiple of key-value heads, got {heads} and {kv_heads}.")
     visible = _visible(query.shape[1], key.shape[1], causal, kv_mask, mask, query_offset)
-    return jax.nn.dot_product_attention(query, key, value, mask=visible, scale=scale, implementation="xla")
+    return jax.nn.dot_product_attention(query, key, value, bias=bias, mask=visible, scale=scale, implementation="xla")
 
 
 def _visible(
