@@ -21,6 +21,9 @@ Decode = Callable[[Float[Array, "B h w c"]], Float[Array, "B h2 w2 c2"]]
 _TILE_STEP_CELLS = 4
 # Neighbours share this part of a tile. Its outer quarters, where a tile sees the zeros around it, take no part.
 _OVERLAP = 0.25
+# Compiled programs copy some values into other layouts. Where attention over many cells leads, XLA on CPUs holds one and a
+# half times what is counted.
+_SAFETY = 2
 
 
 def decode_within(decode: Decode, latents: Float[Array, "B h w c"], max_bytes: int) -> Float[Array, "B h2 w2 c2"]:
@@ -70,7 +73,7 @@ def tile_cells(decode: Decode, shape: tuple[int, ...], dtype: Any, max_bytes: in
 
     @functools.cache
     def needed(count: int, tile: tuple[int, int]) -> int:
-        return activation_bytes(decode, jax.ShapeDtypeStruct((count, *tile, channels), dtype))
+        return needed_bytes(decode, (count, *tile, channels), dtype)
 
     if needed(shape[0], (height, width)) <= max_bytes:
         return None
@@ -88,6 +91,11 @@ def tile_cells(decode: Decode, shape: tuple[int, ...], dtype: Any, max_bytes: in
             f"{needed(1, sizes[0])} bytes of activations. Raise max_bytes, or load the autoencoder in bfloat16."
         )
     return sizes[fitting]
+
+
+def needed_bytes(decode: Decode, shape: tuple[int, ...], dtype: Any = jnp.float32) -> int:
+    """Returns the bytes of activations to allow for `decode` on latents of this shape: what is counted, and a margin."""
+    return _SAFETY * activation_bytes(decode, jax.ShapeDtypeStruct(shape, dtype))
 
 
 def _placed(cells: int, tile: int, scale: int) -> tuple[np.ndarray, np.ndarray]:
@@ -118,7 +126,7 @@ def activation_bytes(function: Callable[..., Any], *inputs: jax.ShapeDtypeStruct
     """Returns the bytes that `function` holds at its peak, its inputs and its constants (weights) not counted.
 
     Its program is walked in order and each intermediate counts from where it is made to its last use. A compiler that
-    fuses holds less; scratch space of single kernels comes on top.
+    fuses holds less; copies into other layouts and scratch space of kernels come on top.
     """
     closed = jax.make_jaxpr(function)(*inputs)
     return _peak_bytes(closed.jaxpr)

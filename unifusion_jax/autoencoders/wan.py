@@ -17,7 +17,6 @@ from unifusion_jax.autoencoders.blocks import (
     Numbered,
     Resample,
     ResnetBlock,
-    SpatialAttention,
     initial_moments,
 )
 from unifusion_jax.autoencoders.latents import LatentModule, Moments, pack_cells, unpack_cells
@@ -85,8 +84,6 @@ class Encoder(nnx.Module):
                 continue
             for block in range(config.num_res_blocks):
                 blocks.append(ResnetBlock(after if block else before, after, make))
-                if 0.5**index in config.attn_scales:
-                    blocks.append(SpatialAttention(after, make))
             if down:
                 blocks.append(Resample(after, make, up=False))
         self.down_blocks = Numbered(blocks)

@@ -18,7 +18,7 @@ from unifusion_jax.autoencoders.latents import (
 WAN, QWEN_IMAGE, QWEN_IMAGE21 = "AutoencoderKLWan", "AutoencoderKLQwenImage", "AutoencoderKLQwenImage21"
 
 _RENAMED = {"z_dim": "z_channels", "temperal_downsample": "temporal_downsample"}
-_IGNORED_KEYS = frozenset({"dropout", "scale_factor_temporal", "scale_factor_spatial", "clip_output"})
+_IGNORED_KEYS = frozenset({"attn_scales", "dropout", "scale_factor_temporal", "scale_factor_spatial", "clip_output"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,6 @@ class AutoencoderKLWanConfig(LatentConfig):
       z_channels: channels of z (`z_dim` in diffusers' files).
       dim_mult: width of each resolution level in units, finest first; each level but the last halves the resolution.
       num_res_blocks: residual blocks per encoder level; the decoder has one more.
-      attn_scales: resolutions, relative to the finest, at which each encoder block is followed by attention.
       temporal_downsample: which levels also halve the frame rate of videos. On a still image it decides the weights of
         the averaged shortcuts (`is_residual`) and which convolutions over time a file holds.
       is_residual: whether levels have parameter-free shortcuts (Wan 2.2, Qwen-Image 2.1).
@@ -53,7 +52,6 @@ class AutoencoderKLWanConfig(LatentConfig):
     z_channels: int = 16
     dim_mult: tuple[int, ...] = (1, 2, 4, 4)
     num_res_blocks: int = 2
-    attn_scales: tuple[float, ...] = ()
     temporal_downsample: tuple[bool, ...] = (False, True, True)
     is_residual: bool = False
     in_channels: int = 3
@@ -155,6 +153,11 @@ class AutoencoderKLWanConfig(LatentConfig):
         Raises:
           ValueError: for values that do not fit.
         """
+        if values.get("attn_scales"):
+            raise ValueError(
+                "attn_scales must be empty, as in all published weights (diffusers' class cannot run others), got "
+                f"{values['attn_scales']}."
+            )
         name = values.get("_class_name", WAN)
         renamed = _RENAMED | ({"input_channels": "in_channels"} if name == QWEN_IMAGE else {})
         given = read_fields(cls, values, renamed=renamed, ignored=_IGNORED_KEYS)
@@ -166,7 +169,7 @@ class AutoencoderKLWanConfig(LatentConfig):
     def to_diffusers(self) -> dict[str, Any]:
         """Returns the content of a `config.json` that diffusers' class of the same name loads."""
         values: dict[str, Any] = dataclasses.asdict(self)
-        values["_class_name"] = values.pop("class_name")
+        values |= {"_class_name": values.pop("class_name"), "attn_scales": []}
         for theirs, ours in _RENAMED.items():
             values[theirs] = values.pop(ours)
         pack = values.pop("pack")
