@@ -274,6 +274,7 @@ def load(
             ready = [placement.Piece(layer, _reader(read, name, how)) for layer, name, how in pieces]
             value = placement.assemble(leaf.shape, dtype or leaf.dtype, ready, placed.get(target), threads)
             filled[target] = value if finish is None else finish(target, value)
+            del value
             jax.block_until_ready(previous)  # one transfer overlaps the next copy; more would pile up on the host
             previous = filled[target]
     return traverse_util.unflatten_dict(filled, sep=".")
@@ -369,6 +370,11 @@ def to_tensors(params: Params, rules: Sequence[Rule], *, dtype: Any = None) -> d
         if rule.target not in flat or inverse is None:
             continue
         written.add(rule.target)
+        if not hasattr(flat[rule.target], "dtype"):
+            raise ValueError(
+                f"{rule.target} is quantised ({type(flat[rule.target]).__name__}): what was rounded away cannot be written. "
+                "Load the weights without quantize."
+            )
         value = np.asarray(flat[rule.target])
         value = value if dtype is None else value.astype(dtype)
         if "{layer}" in rule.source:
