@@ -152,7 +152,7 @@ def main() -> None:
     )
     parser.add_argument("--profile", action="store_true", help="afterwards load once under cProfile, printed to stderr")
     parser.add_argument(
-        "--folder", help="where the model is written; a temporary folder, deleted afterwards, if not given"
+        "--folder", help="an encoder's folder, or where one is written and left; temporary if not given"
     )
     parser.add_argument("--task", choices=sorted(TASKS), help="internal: what a measuring process does")
     parser.add_argument("--settings", default="{}", help="internal: its arguments as JSON")
