@@ -4,6 +4,7 @@ Every parameter carries the names of its logical axes in the variable's metadata
 `unifusion_jax.parallel.sharding` maps to mesh axes. The letters in shape annotations are listed in `docs/architecture.md`.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,45 @@ def with_axes(initializer: Callable[..., Any], axes: Axes) -> Callable[..., Any]
     return nnx.with_metadata(initializer, axes=axes)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Int8:
+    """A matrix in 8 bits, or a stack of them: the integers times the scale of their output channel.
+
+    Attributes:
+      values: int8 [..., in, out], from -127 to 127.
+      scale: float32 [..., 1, out].
+    """
+
+    values: Any
+    scale: Any
+
+
+@jax.jit
+def quantize_int8(kernel: Float[Array, "*stack in out"]) -> Int8:
+    """Rounds a matrix to 8 bits: symmetric, the largest magnitude of an output channel becomes 127."""
+    wide = kernel.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(wide), axis=-2, keepdims=True)
+    scale = jnp.where(largest > 0, largest / 127, 1.0)
+    return Int8(jnp.round(wide / scale).astype(jnp.int8), scale)
+
+
+class Linear(nnx.Linear):
+    """`nnx.Linear` whose kernel may also be an `Int8`; then it computes in the type of its input."""
+
+    def __call__(self, inputs: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+        """Multiplies by the kernel and adds the bias, where there is one."""
+        kernel: Any = self.kernel.get_value()
+        if not isinstance(kernel, Int8):
+            return super().__call__(inputs)
+        # A scale per output channel commutes with the product; 8-bit integers are exact in bfloat16.
+        product = jnp.matmul(inputs, kernel.values.astype(inputs.dtype), preferred_element_type=jnp.float32)
+        product = product * kernel.scale[0]
+        if self.bias is not None:
+            product = product + self.bias.get_value()
+        return product.astype(inputs.dtype)
+
+
 def linear(
     in_features: int,
     out_features: int,
@@ -34,9 +74,9 @@ def linear(
     param_dtype: Any = jnp.float32,
     kernel_init: Callable[..., Any] = _KERNEL_INIT,
     rngs: nnx.Rngs,
-) -> nnx.Linear:
+) -> Linear:
     """Makes a linear map with kernel (in_features, out_features) whose dimensions are named by `axes`."""
-    return nnx.Linear(
+    return Linear(
         in_features,
         out_features,
         use_bias=bias,

@@ -236,8 +236,9 @@ class UniFusion:
 
 def load_frozen(config: TrainConfig, mesh: Any = None) -> tuple[Encoder, Autoencoder]:
     """Loads the encoder and the autoencoder that a config names."""
+    chosen = config.encoder
     encoder = encoders.load(
-        config.encoder.path, layers=config.encoder.layers or None, dtype=config.encoder.dtype, mesh=mesh
+        chosen.path, layers=chosen.layers or None, dtype=chosen.dtype, mesh=mesh, quantize=chosen.quantize
     )
     return encoder, autoencoders.load(config.autoencoder.path, dtype=config.autoencoder.dtype, mesh=mesh)
 

@@ -5,7 +5,7 @@ import functools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from unifusion_jax.encoders.decoder_config import check_layers
 from unifusion_jax.encoders.internvl import InternVLConfig
 from unifusion_jax.encoders.lm_loss import next_token_loss
 from unifusion_jax.encoders.processor import Processor
+from unifusion_jax.encoders.quantization import quantizer
 from unifusion_jax.encoders.tiling import TilingConfig
 from unifusion_jax.parallel.sharding import batch_sharding, param_shardings
 from unifusion_jax.prompt import Prompt
@@ -322,6 +323,7 @@ def load(
     layers: Sequence[int] | None = None,
     dtype: str = "bfloat16",
     mesh: Mesh | None = None,
+    quantize: Literal["none", "int8"] = "none",
 ) -> Encoder:
     """Loads an encoder; its `config.json` decides which.
 
@@ -330,6 +332,8 @@ def load(
       layers: exported layers, 0 (embeddings) .. number of blocks; every third from 1 when None.
       dtype: of parameters and states.
       mesh: devices to spread the parameters over; the default device when None.
+      quantize: "int8" keeps the matrices of all linear maps as 8-bit integers with a scale per output channel; embeddings,
+        convolutions, norms and biases stay in `dtype`, in which it still computes.
 
     Raises:
       FileNotFoundError: no such folder or missing files.
@@ -355,6 +359,7 @@ def load(
         rules,
         rename=rename,
         shardings=param_shardings(model, mesh) if mesh is not None else None,
+        finish=quantizer(model, quantize),
     )
     return Encoder(
         config, params, functools.partial(family.read_processor, root, raw, config), layers=layers, mesh=mesh

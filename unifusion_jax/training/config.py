@@ -25,12 +25,14 @@ class EncoderRef:
       layers: exported layers; empty takes every third one (1, 4, 7, ...), as the paper does.
       dtype: type its weights are kept and run in.
       system_prompts: which set of `unifusion_jax.verifi.SYSTEM_PROMPTS` it is asked with.
+      quantize: "int8" keeps its matrices in 8 bits, see `encoders.load`.
     """
 
     path: str = "bundled:demo/encoder"
     system_prompts: Literal["full", "short"] = "full"
     layers: tuple[int, ...] = ()
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    quantize: Literal["none", "int8"] = "none"
 
 
 @dataclasses.dataclass(frozen=True)
