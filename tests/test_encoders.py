@@ -273,7 +273,9 @@ def test_clear_errors(folders, tmp_path):
     with pytest.raises(ValueError, match="Expected integer token ids"):
         EncoderBatch.from_tokens(np.zeros((2, 3)), np.ones((2, 3)))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
-    with pytest.raises(ValueError, match=r"Unsupported encoder model_type='bert'.*supported: .*internvl, internvl_chat, llama"):
+    with pytest.raises(
+        ValueError, match=r"Unsupported encoder model_type='bert'.*supported: .*internvl, internvl_chat, llama"
+    ):
         encoders.load(tmp_path)
     raw = json.loads((folders["grouped"] / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(raw))
