@@ -24,7 +24,7 @@ def get_config(length: str = "short") -> ml_collections.ConfigDict:
     source = {"name": "shapes", "seed": 31}
     # Token budgets are the longest of each task and no more: what pads a batch costs as much as what fills it.
     if length == "short":
-        config.total_steps = 900
+        config.total_steps = 600
         config.ema_decay = 0.99
         config.optimizer.learning_rate = 1.2e-2
         config.data.sources = (source | {"num_objects": (1, 2), "tasks": {"text_to_image": 1.0}},)

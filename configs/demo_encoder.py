@@ -13,7 +13,7 @@ from unifusion_jax.training.config import TrainConfig
 
 # Shares of the tasks: first mostly seeing, then as much copying from the prompt.
 _START = {"text_to_image": 0.2, "reconstruction": 0.42, "edit": 0.32, "multi_reference": 0.06}
-_FINISH = {"text_to_image": 0.4, "reconstruction": 0.26, "edit": 0.3, "multi_reference": 0.04}
+_FINISH = {"text_to_image": 0.56, "reconstruction": 0.18, "edit": 0.23, "multi_reference": 0.03}
 
 
 def get_config(stage: str = "start") -> ml_collections.ConfigDict:

@@ -30,7 +30,8 @@ def keep_freed_blocks() -> bool:
 
 def cpu_expected() -> bool:
     """Whether JAX will run on CPU, as far as can be told before it starts: asked to, or nothing else is installed."""
-    if jax.config.jax_platforms:
-        return jax.config.jax_platforms.split(",")[0] == "cpu"
+    platforms = jax.config.read("jax_platforms")
+    if platforms:
+        return platforms.split(",")[0] == "cpu"
     plugins = importlib.metadata.entry_points(group="jax_plugins")
     return not plugins and all(importlib.util.find_spec(name) is None for name in ("libtpu", "jax_plugins"))

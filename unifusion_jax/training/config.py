@@ -8,6 +8,7 @@ from unifusion_jax.conditioning import ConditioningConfig
 from unifusion_jax.dit import DiTConfig
 from unifusion_jax.flow import FlowConfig
 from unifusion_jax.parallel.mesh import MeshConfig
+from unifusion_jax.parallel.remat import RematName
 from unifusion_jax.training.optimizer import OptimizerConfig
 
 
@@ -142,7 +143,7 @@ class TrainConfig:
     log_every_steps: int = 50
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     ema_decay: float = 0.999
-    remat: Literal["none", "full"] = "none"
+    remat: RematName = "none"
     init_from: str = ""
     model: str = ""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)

@@ -1,6 +1,6 @@
 """Base configurations that several files under configs/ start from."""
 
-import ml_collections
+from typing import Any
 
 from unifusion_jax.conditioning import ConditioningConfig
 from unifusion_jax.config import to_config_dict
@@ -8,8 +8,8 @@ from unifusion_jax.dit import DiTConfig
 from unifusion_jax.training.config import TrainConfig
 
 
-def demo() -> ml_collections.ConfigDict:
-    """Returns the demo model on its bundled frozen networks, with Muon; data, lengths and rates are left to the caller."""
+def demo() -> Any:
+    """Returns a ConfigDict of the demo model on its bundled frozen networks, with Muon; data, lengths and rates are open."""
     config = to_config_dict(
         TrainConfig(
             dit=DiTConfig.demo(),
@@ -31,6 +31,6 @@ def demo() -> ml_collections.ConfigDict:
     config.optimizer.schedule = "cosine"
     config.optimizer.final_scale = 0.02
     config.optimizer.weight_decay = 0.01
-    config.checkpoint.every_steps = 400
-    config.preview.every_steps = 400
+    config.checkpoint.every_steps = 300
+    config.preview.every_steps = 300
     return config

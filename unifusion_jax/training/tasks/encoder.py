@@ -24,6 +24,7 @@ from unifusion_jax.encoders.batch import EncoderBatch
 from unifusion_jax.encoders.internvl import InternVL
 from unifusion_jax.encoders.lm_loss import next_token_loss
 from unifusion_jax.encoders.processor import Row
+from unifusion_jax.parallel.remat import remat
 from unifusion_jax.parallel.sharding import param_shardings
 from unifusion_jax.prompt import Prompt
 from unifusion_jax.training.config import TrainConfig
@@ -80,7 +81,7 @@ class EncoderTask:
         self, params: Params, frozen: Any, batch: EncoderBatch, key: Key[Array, ""], static: str
     ) -> tuple[Float[Array, ""], Sums]:
         """Mean cross-entropy over target tokens, in nats."""
-        loss, parts = next_token_loss(nnx.merge(self.graphdef, params), batch)
+        loss, parts = next_token_loss(nnx.merge(self.graphdef, params), batch, remat=remat(self.config.remat))
         count = parts["target_tokens"]
         return loss, {
             "token_accuracy": (parts["token_accuracy"] * count, count),

@@ -23,6 +23,7 @@ from unifusion_jax.evaluation.shapes import evaluate_prompts
 from unifusion_jax.flow import flow_matching_loss, loss_by_bin, sample_timesteps
 from unifusion_jax.images import grid, to_float
 from unifusion_jax.model import UniFusionModel
+from unifusion_jax.parallel.remat import remat as block_remat
 from unifusion_jax.parallel.sharding import param_shardings
 from unifusion_jax.pipeline import UniFusion, check_fit, load_frozen, model_config_of
 from unifusion_jax.prompt import Prompt
@@ -86,7 +87,7 @@ class UniFusionTask:
         rows = latents.shape[0]
         time_key, noise_key, drop_key = jax.random.split(key, 3)
 
-        remat = jax.checkpoint if self.config.remat == "full" else None
+        remat = block_remat(self.config.remat)
         drop = jax.random.bernoulli(drop_key, flow.condition_dropout, (rows,))
         tokens, mask = model.condition(states.states, states.mask, drop=drop, remat=remat)
         repeated = jax.tree.map(lambda x: jnp.repeat(x, flow.timesteps_per_sample, axis=0), (tokens, mask, latents))
