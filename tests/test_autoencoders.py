@@ -17,6 +17,7 @@ from unifusion_jax import autoencoders
 from unifusion_jax.autoencoders import Autoencoder, AutoencoderKLConfig, blocks
 from unifusion_jax.autoencoders.loss import _gradient_error
 
+DOWN, UP = "DownEncoderBlock2D", "UpDecoderBlock2D"
 TINY = AutoencoderKLConfig(z_channels=3, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=2)
 
 
