@@ -41,7 +41,7 @@ def nhwc(tensor):
 def assert_close(ours, reference):
     reference = nhwc(reference)
     assert ours.shape == reference.shape
-    assert reference.std((1, 2)).max() > 0.05 * np.sqrt(np.mean(reference**2))  # it is not the same everywhere
+    assert np.abs(reference[0] - reference[1]).max() > 0.1 * np.sqrt(np.mean(reference**2))  # it depends on the input
     worst = float(np.abs(np.asarray(ours) - reference).max() / np.sqrt(np.mean(reference**2)))
     print(f"max difference / rms: {worst:.2e}")
     assert worst < TOLERANCE

@@ -81,8 +81,8 @@ def test_tiles_of_a_convolutional_decoder_join_without_a_seam():
     assert programs(autoencoder, latents, budget) == programs(autoencoder, latents, None)
 
 
-# Measured 2026-11: rms of the difference / rms of the image, and the same of the steps between neighbouring pixels.
-@pytest.mark.parametrize(("config", "image_deviation", "step_deviation"), [(KL, 1.0, 1.0), (WAN, 1.0, 1.0)])
+# Measured with tiles of 24 of 48 x 44 cells: KL 0.064 and 0.069, Wan 0.045 and 0.069; docs/autoencoders.md has them too.
+@pytest.mark.parametrize(("config", "image_deviation", "step_deviation"), [(KL, 0.08, 0.08), (WAN, 0.06, 0.08)])
 def test_deviation_on_random_weights(config, image_deviation, step_deviation):
     autoencoder = random_autoencoder(config)
     latents = latents_of(config, 1, 48, 44)

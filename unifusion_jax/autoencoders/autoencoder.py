@@ -101,12 +101,12 @@ class Autoencoder:
     def decode(self, latents: Any, *, max_bytes: int | None = None) -> Float[Array, "B h2 w2 3"]:
         """Returns float32 images [B, h * downsample, w * downsample, 3], about [-1, 1]; Wan and Qwen-Image clip to it.
 
-        With `max_bytes`, at most that much is held in activations (weights and the result not counted; an estimate, see
-        `tiling.activation_bytes`). A batch that fits is decoded whole and is bit for bit what it is without `max_bytes`.
-        Else images are decoded one by one, and an image that does not fit alone in overlapping tiles, a quarter of a tile
-        shared by neighbours and blended. Where a network looks at the whole image (group norm, attention), a tile sees
-        less: on random weights, the worst case, tiled and whole images differ by SEAM in the root mean square (AutoencoderTiny,
-        which only convolves, by rounding alone).
+        With `max_bytes`, at most that much is held in activations (weights and the result not counted; an estimate with a
+        margin, see `tiling.needed_bytes`). A batch that fits is decoded whole and is bit for bit what it is without
+        `max_bytes`. Else images are decoded one by one, and an image that does not fit alone in overlapping tiles: a
+        quarter of a tile is shared by neighbours and blended. Where a network looks at the whole image (group norm,
+        attention), a tile sees less: on random weights, tiled images and the steps between their neighbouring pixels
+        differ from whole ones by up to 7 % in the root mean square; AutoencoderTiny, which only convolves, by rounding.
 
         Raises:
           ValueError: when `latents` is not a float array [B, h, w, latent_channels], and when `max_bytes` is less than the

@@ -72,20 +72,15 @@ _WAN_NAMES = {"group_norm": "norm", "to_out": "proj", "conv": "resample.1"}
 _LINEAR_AS_CONV = weights.Transform(lambda x: x[..., 0, 0].T, lambda x: x.T[..., None, None])
 
 
-def _last_frame(x: np.ndarray) -> np.ndarray:
-    """The slice of a causal kernel (out, in, kt, kh, kw) that acts on a single frame; the others see zeros before it."""
-    return weights.CONV.forward(x[:, :, -1])
-
-
-def _causal(x: np.ndarray) -> np.ndarray:
-    """The inverse of `_last_frame`: a cubic kernel whose other slices are zero."""
-    taps = np.zeros((x.shape[0], 1, 1), x.dtype)
+def _causal(kernel: Any) -> Any:
+    """Makes a cubic causal kernel (out, in, kt, kh, kw) of (kh, kw, in, out), which acts on a single frame alone."""
+    taps = np.zeros((kernel.shape[0], 1, 1), kernel.dtype)
     taps[-1] = 1
-    inverse = weights.CONV.inverse
-    return inverse(x)[:, :, None] * taps if inverse else x
+    return kernel.transpose(3, 2, 0, 1)[:, :, None] * taps
 
 
-_CAUSAL = weights.Transform(_last_frame, _causal)
+# Of a causal kernel, the last slice acts on a single frame; the others see the zeros before it.
+_CAUSAL = weights.Transform(lambda x: weights.CONV.forward(x[:, :, -1]), _causal)
 
 
 def wan_rules_of(params: dict[str, Any], config: AutoencoderKLWanConfig) -> list[weights.Rule]:
