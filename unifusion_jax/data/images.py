@@ -6,6 +6,7 @@ agreed form (upright 8-bit RGB on white), or says why it cannot; `fit` brings th
 
 import io
 import struct
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -75,6 +76,11 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> UInt8[np.ndarray, "h
     except _DECODER_ERRORS as error:
         raise ImageError("corrupt", f"{image.format} image is truncated or corrupt: {error}") from error
     return pixels
+
+
+def to_pixels(image: Any) -> UInt8[np.ndarray, "h w 3"]:
+    """Returns the pixels of an image as records hold it: an array as it is, encoded bytes decoded."""
+    return decode(image) if isinstance(image, bytes) else np.asarray(image)
 
 
 def inspect(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[str, int, int]:

@@ -160,10 +160,10 @@ def fit_record(record: records.Record, bucket: Bucket) -> records.Record:
     Returns:
       The record with uint8 arrays for images.
     """
-    target = _pixels(record.image)
+    target = images.to_pixels(record.image)
     references = []
     for reference in record.images:
-        pixels = target if reference is record.image else _pixels(reference)
+        pixels = target if reference is record.image else images.to_pixels(reference)
         same = pixels.shape == target.shape
         references.append(images.fit(pixels, bucket.height_px, bucket.width_px) if same else pixels)
     return record.replace(image=images.fit(target, bucket.height_px, bucket.width_px), images=tuple(references))
@@ -326,7 +326,3 @@ def _owned(leaf: Any) -> Any:
     # Arrays from workers are views of shared memory that is freed with them; a consumer that keeps or aliases one
     # (`jax.device_put` on CPU may) must own the bytes.
     return np.array(leaf) if isinstance(leaf, np.ndarray) and type(leaf) is not np.ndarray else leaf
-
-
-def _pixels(image: Any) -> np.ndarray:
-    return images.decode(image) if isinstance(image, bytes) else image

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Key
 
 from unifusion_jax import encoders
 from unifusion_jax.data.buckets import Bucket
+from unifusion_jax.data.images import to_pixels
 from unifusion_jax.data.pipeline import BatchIterator
 from unifusion_jax.data.records import Record
 from unifusion_jax.data.shapes.source import ShapesSource
@@ -131,7 +132,7 @@ class EncoderTask:
 
 def target_prompt(record: Record, prompts: SystemPrompts) -> Prompt:
     """Returns the prompt that asks for a record's description, with the description as its target."""
-    images = [PIL.Image.fromarray(np.asarray(image)) for image in record.images]
+    images = [PIL.Image.fromarray(to_pixels(image)) for image in record.images]
     system = prompts.of(record.task)
     if record.task == "reconstruction":  # the picture conditions the DiT alone, but the encoder learns to see from it
         return Prompt(DESCRIBE_PROMPT, images, target=record.facts["scene"], system=system)

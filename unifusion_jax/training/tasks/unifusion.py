@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Key
 
 from unifusion_jax import exported, weights
 from unifusion_jax.data.buckets import Bucket
+from unifusion_jax.data.images import to_pixels
 from unifusion_jax.data.pipeline import BatchIterator
 from unifusion_jax.data.records import Record
 from unifusion_jax.encoders import EncoderBatch
@@ -150,14 +151,14 @@ class UniFusionTask:
 
 def prompt_of(record: Record, prompts: Any) -> Prompt:
     """Returns the prompt of a record, its stored target teacher-forced."""
-    images = [PIL.Image.fromarray(np.asarray(image)) for image in record.images]
+    images = [PIL.Image.fromarray(to_pixels(image)) for image in record.images]
     return Prompt(record.prompt, images, target=record.target, system=prompts.of(record.task))
 
 
 def _build_row(
     record: Record, bucket: Bucket, *, processor: Any, prompts: Any, tiles_per_image: int
 ) -> tuple[np.ndarray, Row]:
-    return np.asarray(record.image), processor.prepare_row(prompt_of(record, prompts), max_tiles=tiles_per_image)
+    return to_pixels(record.image), processor.prepare_row(prompt_of(record, prompts), max_tiles=tiles_per_image)
 
 
 def _collate(rows: Sequence[tuple[np.ndarray, Row]], bucket: Bucket, *, processor: Any) -> dict[str, Any]:
