@@ -98,7 +98,17 @@ def test_sample_draws_and_edits(trained, tmp_path):
         (["--size=big"], "--size must be a side in px"),
         (["--image=missing.png"], "no image file 'missing.png'"),
         (["--image=tests/test_cli.py"], "test_cli.py cannot be used: not an image"),
-        (["--prompt="], "--prompt is missing"),
+        (["--prompt="], "The prompt is empty. Mode 'text_to_image'"),
+        (
+            ["--mode=edit"],
+            "Mode 'edit' (one picture, changed as the words say) takes exactly 1 reference pictures, got 0",
+        ),
+        (["--mode=edti"], "no mode 'edti'; modes are auto, text_to_image"),
+        (["--tiles=0"], "tiles must be at least 1, got 0"),
+        (["--top_p=0"], "top_p is a probability in (0, 1], got 0"),
+        (["--count=0"], "count must be at least 1, got 0"),
+        (["--max_new_tokens=600"], "leaves no room for max_new_tokens=600"),
+        (["--compile_cache=/dev/null/x"], "not a folder that can be written to"),
         (["--checkpoint=tests"], "config.json does not exist"),
     ],
 )
@@ -109,6 +119,31 @@ def test_sample_refuses_and_leaves_no_file(trained, tmp_path, arguments, message
     assert done.returncode == 1
     assert message in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_sample_stores_its_settings_and_takes_the_description_back(trained, tmp_path):
+    cache = f"--compile_cache={tmp_path / 'compiled'}"
+    common = [f"--checkpoint={trained}", "--steps=2", cache]
+    done = call("sample", *common, "--prompt=a star", f"--output={tmp_path / 'a.png'}", "--count=2", "--seed=4")
+    assert done.returncode == 0, done.stderr
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a-0.png", "a-1.png", "compiled"]
+    assert list((tmp_path / "compiled").iterdir())
+    shown = call("sample", f"--show={tmp_path / 'a-1.png'}")
+    settings = json.loads(shown.stdout)
+    description = done.stdout.split("Description: ")[1].split("\nWrote")[0]
+    assert (settings["seed"], settings["steps"], settings["count"], settings["prompt"]) == (5, 2, 1, "a star")
+    assert settings["target"].strip() == description.strip()
+    again = tmp_path / "again.png"
+    done = call("sample", *common, "--prompt=a star", f"--target={settings['target']}", "--seed=5", f"--output={again}")
+    assert done.returncode == 0, done.stderr
+    difference = np.asarray(PIL.Image.open(again)).astype(int) - np.asarray(PIL.Image.open(tmp_path / "a-1.png"))
+    assert np.abs(difference).max() <= 1
+    done = call(
+        "sample", *common, "--mode=variation", f"--image={again}", f"--output={tmp_path / 'variation.webp'}"
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "Description" not in done.stdout
+    assert json.loads(call("sample", f"--show={tmp_path / 'variation.webp'}").stdout)["mode"] == "variation"
 
 
 def test_output_of_no_image_format_is_refused_before_the_model_runs(trained, tmp_path):

@@ -19,7 +19,7 @@ from encoders_support import (
 )
 
 from unifusion_jax import encoders
-from unifusion_jax.encoders import Encoder, InternVLConfig, Processor, Prompt
+from unifusion_jax.encoders import Encoder, InternVLConfig, Processor, Prompt, decoding
 from unifusion_jax.encoders.lm_loss import next_token_loss
 
 PROMPTS = [
@@ -111,6 +111,30 @@ def test_answers_do_not_depend_on_the_batch(encoder, greedy):
     assert_same_states(sampled.states, teacher_forced(encoder, sampled, PROMPTS))
 
 
+def test_top_p_draws_from_the_likeliest_tokens_only(encoder, greedy):
+    options = {"max_new_tokens": NEW_TOKENS, "max_tiles": 4, "temperature": 1.5, "seed": 7}
+    # The likeliest token alone: greedy, whatever the temperature.
+    assert encoder.rewrite(PROMPTS, top_p=1e-6, **options).token_ids == greedy.token_ids
+    assert encoder.rewrite(PROMPTS, top_p=1.0, **options).token_ids != greedy.token_ids
+
+
+def test_nucleus_keeps_the_fewest_tokens_that_reach_the_probability():
+    logits = jnp.log(jnp.array([[0.1, 0.5, 0.15, 0.25], [0.97, 0.01, 0.01, 0.01]]))
+    kept = np.isfinite(decoding.nucleus(logits, jnp.float32(0.7)))
+    np.testing.assert_array_equal(kept, [[False, True, False, True], [True, False, False, False]])
+    np.testing.assert_array_equal(
+        np.isfinite(decoding.nucleus(logits, jnp.float32(0.76)))[0], [False, True, True, True]
+    )
+
+
+def test_whether_an_answer_ended_is_told(encoder, greedy):
+    assert greedy.finished == [False] * 3
+    stop = greedy.token_ids[0][4]
+    stopped = stopping_at(encoder, stop).rewrite(PROMPTS, max_new_tokens=NEW_TOKENS, max_tiles=4)
+    assert stopped.finished == [len(ids) < NEW_TOKENS for ids in stopped.token_ids]
+    assert stopped.finished[0]
+
+
 def test_system_prompt_serves_prompts_without_their_own(encoder, greedy):
     brief = encoder.rewrite(PROMPTS, system_prompt="be brief", max_new_tokens=NEW_TOKENS, max_tiles=4)
     own = [dataclasses.replace(prompt, system="be brief", target="ignored") for prompt in PROMPTS]
@@ -123,6 +147,8 @@ def test_rewrite_errors(encoder):
         encoder.rewrite(PROMPTS[:1], max_new_tokens=500)
     with pytest.raises(ValueError, match=r"Expected max_new_tokens >= 1 and temperature >= 0, got 0"):
         encoder.rewrite(PROMPTS[:1], max_new_tokens=0)
+    with pytest.raises(ValueError, match=r"top_p is a probability in \(0, 1\], got 1.5"):
+        encoder.rewrite(PROMPTS[:1], max_new_tokens=4, top_p=1.5)
     with pytest.raises(ValueError, match=r"Got 2 seeds for 1 prompts"):
         encoder.rewrite(PROMPTS[:1], max_new_tokens=4, seed=[1, 2])
 

@@ -6,6 +6,7 @@ through once more as the input of the next step, which gives its states. Nothing
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +20,35 @@ from unifusion_jax.encoders.model import LanguageModel
 @pytree
 @dataclasses.dataclass(frozen=True)
 class Decoded:
-    """Answers of a batch: ids, how many of them are words (a closing token is not), and states of images and words."""
+    """Answers of a batch.
+
+    Attributes:
+      token_ids: the answers.
+      lengths: how many of their tokens are words; a closing token is not.
+      finished: whether the answer ended by itself, not for want of room.
+      states: of image tokens and words.
+    """
 
     token_ids: Int[AnyArray, "B max_new"]
     lengths: Int[AnyArray, "B"]
+    finished: Bool[AnyArray, "B"]
     states: LayerStates
+
+
+@pytree
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+    """How tokens are drawn.
+
+    Attributes:
+      keys: one random key a row. A row's answer depends on its own prompt and key only.
+      temperature: divides the scores; 0 takes the most likely token.
+      top_p: tokens are drawn from the fewest that together have this probability (Holtzman et al. 2020); 1 draws from all.
+    """
+
+    keys: Any
+    temperature: Float[AnyArray, ""]
+    top_p: Float[AnyArray, ""]
 
 
 def compact_index(keep: Bool[Array, "B S"], count: int) -> tuple[Int[Array, "B C"], Bool[Array, "B C"]]:
@@ -33,14 +58,27 @@ def compact_index(keep: Bool[Array, "B S"], count: int) -> tuple[Int[Array, "B C
     return order, jnp.arange(count) < jnp.sum(keep, axis=1, keepdims=True)
 
 
-def sample_tokens(
-    logits: Float[Array, "B V"], keys: Array, step: Int[Array, ""], temperature: Float[Array, ""]
-) -> Int[Array, "B"]:
+def nucleus(logits: Float[Array, "B V"], top_p: Float[Array, ""]) -> Float[Array, "B V"]:
+    """Returns the scores, minus infinity for all but the fewest tokens that together reach probability `top_p`."""
+    falling = -jnp.sort(-logits, axis=-1)
+    likelihood = jax.nn.softmax(falling, axis=-1)
+    before = jnp.cumsum(likelihood, axis=-1) - likelihood  # of all likelier tokens: 0 for the first, which always stays
+    least = jnp.min(jnp.where((before < top_p) | (before == 0), falling, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits >= least, logits, -jnp.inf)
+
+
+def sample_tokens(logits: Float[Array, "B V"], drawing: Drawing, step: Int[Array, ""]) -> Int[Array, "B"]:
     """Draws one token a row, from the row's own key; the most likely one where the temperature is 0."""
-    drawn = jax.vmap(lambda key, row: jax.random.categorical(jax.random.fold_in(key, step), row))(
-        keys, logits / jnp.maximum(temperature, 1e-6)
-    )
-    return jnp.where(temperature > 0, drawn, jnp.argmax(logits, axis=-1)).astype(jnp.int32)
+
+    def draw() -> Array:
+        scaled = logits / drawing.temperature
+        # Sorting the vocabulary is not done where nothing is to be cut off.
+        scaled = jax.lax.cond(drawing.top_p < 1, lambda: nucleus(scaled, drawing.top_p), lambda: scaled)
+        keys = jax.vmap(lambda key: jax.random.fold_in(key, step))(drawing.keys)
+        return jax.vmap(jax.random.categorical)(keys, scaled)
+
+    most_likely = jnp.argmax(logits, axis=-1)
+    return jax.lax.cond(drawing.temperature > 0, draw, lambda: most_likely).astype(jnp.int32)
 
 
 @pytree
@@ -59,8 +97,7 @@ class _Loop:
 def decode(
     model: LanguageModel,
     batch: EncoderBatch,
-    keys: Array,
-    temperature: Float[Array, ""],
+    drawing: Drawing,
     stop_ids: Int[Array, "stops"],
     *,
     layers: Sequence[int],
@@ -72,8 +109,7 @@ def decode(
     Args:
       model: encoder with an output head.
       batch: prompts that end where the answer begins.
-      keys: one random key a row. A row's answer depends on its own prompt and key only.
-      temperature: 0 decodes greedily.
+      drawing: how tokens are chosen.
       stop_ids: tokens that end an answer.
       layers: which states to collect.
       image_tokens: room for image tokens a row.
@@ -89,7 +125,7 @@ def decode(
     logits, image_states, cache = _prefill(model, batch, positions, image_index, layers, max_new_tokens)
 
     def draw(logits: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
-        token = sample_tokens(logits, keys, step, temperature)
+        token = sample_tokens(logits, drawing, step)
         return token, jnp.any(token[:, None] == stop_ids, axis=1)
 
     def body(loop: _Loop) -> _Loop:
@@ -119,7 +155,8 @@ def decode(
     )
     loop = jax.lax.while_loop(lambda loop: (loop.step < max_new_tokens) & ~jnp.all(loop.done), body, first)
     is_word = ~jnp.any(loop.token_ids[:, :, None] == stop_ids, axis=-1)
-    return Decoded(loop.token_ids, jnp.sum(is_word, axis=1), _join(image_states, image_mask, loop.states, is_word))
+    states = _join(image_states, image_mask, loop.states, is_word)
+    return Decoded(loop.token_ids, jnp.sum(is_word, axis=1), loop.done, states)
 
 
 def _prefill(

@@ -43,11 +43,13 @@ class Rewrite:
       texts: the decoded descriptions.
       token_ids: their tokens, the closing one left out.
       states: of image tokens and decoded tokens, as `Encoder.export` would give for the finished text.
+      finished: whether each description ended by itself; False where `max_new_tokens` cut it off.
     """
 
     texts: list[str]
     token_ids: list[list[int]]
     states: LayerStates
+    finished: list[bool]
 
 
 class Encoder:
@@ -187,6 +189,7 @@ class Encoder:
         max_new_tokens: int,
         max_tiles: int | None = None,
         temperature: float = 0.0,
+        top_p: float = 1.0,
         seed: int | Sequence[int] = 0,
     ) -> Rewrite:
         """Decodes a description for each prompt and returns it with its states, all in one pass (VERIFI).
@@ -197,6 +200,7 @@ class Encoder:
           max_new_tokens: longest description.
           max_tiles: as in `prepare`.
           temperature: 0 decodes greedily.
+          top_p: draws from the fewest tokens that together have this probability; 1 draws from all.
           seed: of the sampling, one for all rows or one a row. A row's text depends on its prompt and its seed, not on
             other rows.
 
@@ -207,6 +211,8 @@ class Encoder:
             raise ValueError(
                 f"Expected max_new_tokens >= 1 and temperature >= 0, got {max_new_tokens} and {temperature}."
             )
+        if not 0 < top_p <= 1:
+            raise ValueError(f"top_p is a probability in (0, 1], got {top_p}; 1 draws from all tokens.")
         if not self.config.decodes:
             raise ValueError(
                 "This encoder has no decoder (T5 only reads), so it cannot rewrite. Export its states instead."
@@ -224,9 +230,10 @@ class Encoder:
         decoded = _decode(
             self.params,
             self._placed(batch),
-            jnp.stack([jax.random.key(value) for value in seeds]),
-            jnp.float32(temperature),
-            jnp.asarray(processor.stop_ids, jnp.int32),
+            decoding.Drawing(
+                jnp.stack([jax.random.key(value) for value in seeds]), np.float32(temperature), np.float32(top_p)
+            ),
+            np.asarray(processor.stop_ids, np.int32),
             config=self.config,
             layers=self.layers,
             image_tokens=int(batch.is_image.sum(axis=1).max()),
@@ -238,7 +245,9 @@ class Encoder:
         return Rewrite(
             [processor.decode(ids) for ids in token_ids],
             token_ids,
-            jax.tree.map(lambda leaf: leaf[:, :kept], decoded.states),
+            # On the host: on the device, each number of tokens would be another compilation.
+            jax.tree.map(lambda leaf: np.asarray(leaf)[:, :kept], decoded.states),
+            np.asarray(decoded.finished).tolist(),
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
