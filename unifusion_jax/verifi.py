@@ -4,6 +4,12 @@ import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
 
+import PIL.Image
+
+from unifusion_jax.data.images import to_pixels
+from unifusion_jax.data.records import Record
+from unifusion_jax.prompt import Prompt
+
 
 @dataclasses.dataclass(frozen=True)
 class SystemPrompts:
@@ -34,6 +40,12 @@ class SystemPrompts:
 def task_of(num_images: int) -> str:
     """Returns the task that a request with this many pictures is, when the user does not say."""
     return ("text_to_image", "edit")[num_images] if num_images < 2 else "multi_reference"
+
+
+def prompt_of(record: Record, prompts: SystemPrompts) -> Prompt:
+    """Returns the prompt of a training record, its stored target as the encoder's answer (teacher-forced)."""
+    images = [PIL.Image.fromarray(to_pixels(image)) for image in record.images]
+    return Prompt(record.prompt, images, target=record.target, system=prompts.of(record.task))
 
 
 _DETAIL = (

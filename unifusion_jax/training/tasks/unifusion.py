@@ -33,7 +33,7 @@ from unifusion_jax.training.flops import training_flops
 from unifusion_jax.training.state import Params
 from unifusion_jax.training.step import Sums
 from unifusion_jax.training.tasks.streams import open_batches, open_mixture
-from unifusion_jax.verifi import SYSTEM_PROMPTS
+from unifusion_jax.verifi import SYSTEM_PROMPTS, prompt_of
 
 _PREVIEW_COLUMNS = 4
 
@@ -147,12 +147,6 @@ class UniFusionTask:
     def export(self, params: Params, folder: Path) -> None:
         """Writes a folder that `UniFusion.load` reads."""
         exported.write(folder, self.config, self.model_config, params)
-
-
-def prompt_of(record: Record, prompts: Any) -> Prompt:
-    """Returns the prompt of a record, its stored target teacher-forced."""
-    images = [PIL.Image.fromarray(to_pixels(image)) for image in record.images]
-    return Prompt(record.prompt, images, target=record.target, system=prompts.of(record.task))
 
 
 def _build_row(
