@@ -12,7 +12,7 @@ import PIL.Image
 import PIL.PngImagePlugin
 from jaxtyping import Array, Float
 
-from unifusion_jax.data.images import ImageError, decode
+from unifusion_jax.data.images import MAX_PIXELS, ImageError, decode
 
 _SETTINGS = "unifusion_jax"
 _EXIF_DESCRIPTION = 0x010E
@@ -46,13 +46,13 @@ def grid(images: Sequence[PIL.Image.Image], *, columns: int, gap_px: int = 4) ->
     return sheet
 
 
-def load(file: str | os.PathLike[str]) -> PIL.Image.Image:
+def load(file: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> PIL.Image.Image:
     """Reads a picture upright, as RGB on white. Raises FileNotFoundError, or ValueError saying what is wrong with it."""
     path = Path(file).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"There is no image file {str(file)!r}.")
     try:
-        return PIL.Image.fromarray(decode(path.read_bytes()))
+        return PIL.Image.fromarray(decode(path.read_bytes(), max_pixels=max_pixels))
     except ImageError as error:
         raise ValueError(f"{file} cannot be used: {error}") from error
 

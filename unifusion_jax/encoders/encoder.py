@@ -231,7 +231,7 @@ class Encoder:
             self.params,
             self._placed(batch),
             decoding.Drawing(
-                jnp.stack([jax.random.key(value) for value in seeds]), np.float32(temperature), np.float32(top_p)
+                jnp.stack([jax.random.key(value) for value in seeds]), jnp.float32(temperature), jnp.float32(top_p)
             ),
             np.asarray(processor.stop_ids, np.int32),
             config=self.config,
