@@ -95,7 +95,7 @@ def test_sample_draws_and_edits(trained, tmp_path):
     [
         (["--steps=0"], "steps must be at least 1, got 0"),
         (["--size=100"], "multiples of 16 px, got 100x100. The nearest is 96x96"),
-        (["--size=big"], "--size must be a side in px"),
+        (["--size=big"], "size must be a side in px"),
         (["--image=missing.png"], "no image file 'missing.png'"),
         (["--image=tests/test_cli.py"], "test_cli.py cannot be used: not an image"),
         (["--prompt="], "The prompt is empty. Mode 'text_to_image'"),

@@ -158,5 +158,5 @@ def test_a_request_draws_what_the_model_draws(model):
 def test_sizes_as_text():
     assert parse_size(None) is None and parse_size("") is None
     assert parse_size("96") == 96 and parse_size("128x96") == (128, 96)
-    with pytest.raises(ValueError, match="--size must be a side in px"):
+    with pytest.raises(ValueError, match="size must be a side in px"):
         parse_size("large")

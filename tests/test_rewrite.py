@@ -33,7 +33,7 @@ def run(frozen, source, output, *options):
     return rewrite.main(
         [
             f"--encoder={frozen / 'encoder'}", f"--input={source}", f"--output={output}", "--batch_size=4",
-            f"--max_new_tokens={NEW_TOKENS}", "--dtype=float32", "--system_prompts=short", "--compile_cache=off", *options,
+            f"--max_new_tokens={NEW_TOKENS}", "--dtype=float32", "--system_prompts=short", *options,
         ]
     )  # fmt: skip
 

@@ -21,7 +21,7 @@ def parse_size(text: str | None) -> int | tuple[int, int] | None:
         return None
     found = _SIZE_PATTERN.fullmatch(text.strip())
     if not found:
-        raise ValueError(f"--size must be a side in px such as 96, or WIDTHxHEIGHT such as 128x96, got {text!r}.")
+        raise ValueError(f"size must be a side in px such as 96, or WIDTHxHEIGHT such as 128x96, got {text!r}.")
     return (int(found[1]), int(found[2])) if found[2] else int(found[1])
 
 

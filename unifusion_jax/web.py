@@ -184,7 +184,7 @@ def build(model: UniFusion, folder: Path, limits: Limits | None = None) -> gr.Bl
         inputs = [prompt, files, *(settings[name] for name in FIELDS)]
         started = gr.on(
             [run.click, prompt.submit],
-            page.draw,
+            lambda *fields: (yield from page.draw(*fields)),  # Gradio asks whether it is a generator function itself
             inputs,
             [description, gallery, progress],
             api_name="draw",
@@ -193,7 +193,7 @@ def build(model: UniFusion, folder: Path, limits: Limits | None = None) -> gr.Bl
         )
         cancel.click(lambda: "cancelled", outputs=progress, cancels=[started], queue=False, api_name="cancelled")
         files.change(lambda chosen: _shown(page, chosen), files, seen, api_name="look", queue=False)
-    return blocks.queue(max_size=limits.waiting, api_open=True)
+    return blocks.queue(max_size=limits.waiting, api_open=False)
 
 
 def _shown(page: Page, files: Sequence[str] | None) -> Any:
