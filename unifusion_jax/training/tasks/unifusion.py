@@ -20,7 +20,7 @@ from unifusion_jax.data.pipeline import BatchIterator
 from unifusion_jax.data.records import Record
 from unifusion_jax.encoders import EncoderBatch
 from unifusion_jax.encoders.processor import Row
-from unifusion_jax.evaluation.shapes import evaluate_prompts
+from unifusion_jax.evaluation.shapes import Drawing, evaluate_prompts
 from unifusion_jax.flow import flow_matching_loss, loss_by_bin, sample_timesteps
 from unifusion_jax.images import grid, to_float
 from unifusion_jax.model import UniFusionModel
@@ -140,9 +140,8 @@ class UniFusionTask:
         evaluation = self.config.evaluation
         if not evaluation.prompts:
             return {}
-        return evaluate_prompts(
-            self.pipeline(params), count=evaluation.prompts, steps=evaluation.steps, guidance=evaluation.guidance
-        )
+        drawing = Drawing(evaluation.steps, evaluation.guidance)
+        return evaluate_prompts(self.pipeline(params), drawing, count=evaluation.prompts)
 
     def export(self, params: Params, folder: Path) -> None:
         """Writes a folder that `UniFusion.load` reads."""
