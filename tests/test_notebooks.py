@@ -7,6 +7,7 @@ from pathlib import Path
 import nbclient
 import nbformat
 import pytest
+from IPython.core.inputtransformer2 import TransformerManager
 from pipeline_support import shaken_model
 
 from unifusion_jax import exported, weights
@@ -34,8 +35,7 @@ def test_valid_without_outputs_and_every_cell_compiles(name):
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert code and all(not cell.outputs and cell.execution_count is None for cell in code)
     for cell in code:
-        lines = ["pass" if line.startswith("!") else line for line in cell.source.splitlines()]
-        compile("\n".join(lines), name, "exec")
+        compile(TransformerManager().transform_cell(cell.source), name, "exec")
 
 
 def execute(name, folder, monkeypatch, **environment):
