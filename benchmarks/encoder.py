@@ -17,7 +17,6 @@ block; ours ends with the last exported one, which is part of what is compared.
 """
 
 import argparse
-import ctypes
 import json
 import shutil
 import tempfile
@@ -25,7 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from processes import machine, measure, peak_bytes
+from processes import HostMemory, machine, measure
 
 IMAGE_TOKEN = 5
 
@@ -81,7 +80,7 @@ def ours(folder: str, batch: dict[str, Any], dtype: str, device: str, repeats: i
     inputs = encoders.EncoderBatch.from_tokens(arrays["token_ids"])
     if arrays["pixels"] is not None:
         inputs = dataclasses.replace(inputs, is_image=arrays["is_image"], pixels=arrays["pixels"])
-    memory = _GpuMemory(jax.devices()[0]) if device == "gpu" else _Memory()
+    memory = _GpuMemory(jax.devices()[0]) if device == "gpu" else HostMemory()
     result, seconds = _run(lambda: jax.block_until_ready(encoder.export(inputs).states), repeats, memory)
     np.save(states, np.asarray(result, np.float32))
     return {"time_s": seconds, "layers": list(encoder.layers), "platform": jax.default_backend(), **memory.report()}
@@ -119,7 +118,7 @@ def theirs(folder: str, batch: dict[str, Any], dtype: str, device: str, repeats:
                 torch.cuda.synchronize()
             return result
 
-    memory = _CudaMemory() if device == "gpu" else _Memory()
+    memory = _CudaMemory() if device == "gpu" else HostMemory()
     result, seconds = _run(step, repeats, memory)
     np.save(states, result.float().cpu().numpy())
     return {"time_s": seconds, "layers": list(layers), **memory.report()}
@@ -137,32 +136,6 @@ def _run(step: Any, repeats: int, memory: Any) -> tuple[Any, float]:
         best = min(best, time.perf_counter() - start)
     memory.stop()
     return result, best
-
-
-class _Memory:
-    """Resident memory of this process (Linux): between steps, at the peak of the measured ones, and of all."""
-
-    def __init__(self) -> None:
-        self.idle = self.running = self.whole = 0
-
-    def restart(self) -> None:
-        """Forgets the peak so far, that of loading and compiling."""
-        self.whole = peak_bytes()
-        ctypes.CDLL(None).malloc_trim(0)  # what the C library keeps of freed memory is not held by either side
-        self.idle = self._field("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")
-
-    def stop(self) -> None:
-        self.running = self._field("VmHWM")
-
-    def report(self) -> dict[str, int]:
-        whole = max(self.whole, self.running)
-        return {"idle_bytes": self.idle, "running_bytes": self.running, "peak_bytes": whole}
-
-    @staticmethod
-    def _field(name: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
 
 
 class _GpuMemory:

@@ -4,6 +4,7 @@ The measuring process must be small: on Linux a child's ru_maxrss starts at the 
 nothing but the standard library is imported here.
 """
 
+import ctypes
 import json
 import os
 import platform
@@ -45,3 +46,31 @@ def machine() -> dict[str, Any]:
         models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
         name = models[0].partition(":")[2].strip() if models else name
     return {"cpu": name, "cores": len(os.sched_getaffinity(0)), "load": round(os.getloadavg()[0], 1)}
+
+
+class HostMemory:
+    """Resident memory of this process (Linux): between steps, at the peak of the measured ones, and of all."""
+
+    def __init__(self) -> None:
+        self.idle = self.running = self.whole = 0
+
+    def restart(self) -> None:
+        """Forgets the peak so far, that of loading and compiling."""
+        self.whole = peak_bytes()
+        ctypes.CDLL(None).malloc_trim(0)  # what the C library keeps of freed memory is not held by either side
+        self.idle = self._field("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")
+
+    def stop(self) -> None:
+        """Notes the peak since `restart`."""
+        self.running = self._field("VmHWM")
+
+    def report(self) -> dict[str, int]:
+        """Returns bytes held between steps, at the peak of the measured ones, and of the whole process."""
+        whole = max(self.whole, self.running)
+        return {"idle_bytes": self.idle, "running_bytes": self.running, "peak_bytes": whole}
+
+    @staticmethod
+    def _field(name: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
