@@ -172,7 +172,7 @@ def test_export_of_nothing_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("module", ["train", "sample", "prepare", "export"])
+@pytest.mark.parametrize("module", ["train", "sample", "prepare", "export", "rewrite", "evaluate", "app"])
 def test_help_teaches(module):
     done = call(module, "--help")
     assert f"python -m unifusion_jax.{module}" in done.stdout

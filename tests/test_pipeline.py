@@ -6,8 +6,12 @@ import PIL.Image
 import pytest
 from pipeline_support import shaken_model
 
-from unifusion_jax import Prompt
+from unifusion_jax import Prompt, UniFusion
+from unifusion_jax.config import to_json
 from unifusion_jax.flow import SamplingConfig
+from unifusion_jax.training.checkpoints import Checkpoints, write_config
+from unifusion_jax.training.optimizer import make_optimizer
+from unifusion_jax.training.state import create_state
 
 
 @pytest.fixture(scope="module")
@@ -138,3 +142,21 @@ def test_a_description_can_be_passed_back(model):
     assert first.finished == [False]
     edited = dataclasses.replace(first.prompts[0], target="A blue star.")
     assert model.condition([edited]).texts == ["A blue star."]
+
+
+def test_a_prompt_that_fills_the_context_is_refused(model):
+    long = "word " * 600
+    with pytest.raises(ValueError, match=r"leaves no room for max_new_tokens=96 within the decoder's 512 positions"):
+        model.generate([long])
+    with pytest.raises(ValueError, match=r"Prompt 0 has \d+ tokens .* the budget is 512"):
+        model.generate([long], rewrite=False)
+
+
+def test_a_checkpoint_without_an_average_gives_its_weights(model, tmp_path):
+    config = dataclasses.replace(model.config, ema_decay=0.0)
+    write_config(tmp_path, to_json(config))
+    state = create_state(model.params, make_optimizer(config.optimizer, config.total_steps), False, ["loss"])
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.maybe_save(1, state, {"next_step": 1}, force=True)
+    checkpoints.close()
+    jax.tree.map(np.testing.assert_array_equal, UniFusion.load(tmp_path).params, model.params)

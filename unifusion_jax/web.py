@@ -93,7 +93,7 @@ class Page:
             return Request(
                 prompt or "",
                 self.look_at(files),
-                target=description if keep else None,
+                target=description.strip() or None if keep else None,
                 system_prompt=values.pop("system_prompt") or None,
                 tiles=tiles or None,
                 size=size,
