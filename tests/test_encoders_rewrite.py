@@ -19,7 +19,7 @@ from encoders_support import (
 )
 
 from unifusion_jax import encoders
-from unifusion_jax.encoders import Encoder, InternVLConfig, Processor, Prompt, decoding
+from unifusion_jax.encoders import Encoder, InternVLConfig, Processor, Prompt, decoder, decoding
 from unifusion_jax.encoders.lm_loss import next_token_loss
 
 PROMPTS = [
@@ -125,6 +125,17 @@ def test_nucleus_keeps_the_fewest_tokens_that_reach_the_probability():
     np.testing.assert_array_equal(
         np.isfinite(decoding.nucleus(logits, jnp.float32(0.76)))[0], [False, True, True, True]
     )
+
+
+def test_layers_cut_before_the_loop_compute_what_a_scan_does(encoder, monkeypatch):
+    # Another number of tokens than in the other tests, so that both are traced here.
+    both = [encoder.rewrite(PROMPTS, max_new_tokens=9, max_tiles=4)]
+    jax.clear_caches()
+    monkeypatch.setattr(decoder, "_LARGEST_CUT_BYTES", 0)
+    both.append(encoder.rewrite(PROMPTS, max_new_tokens=9, max_tiles=4))
+    jax.clear_caches()
+    assert both[0].token_ids == both[1].token_ids
+    assert_same_states(*(each.states for each in both))
 
 
 def test_whether_an_answer_ended_is_told(encoder, greedy):

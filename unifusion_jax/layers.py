@@ -236,6 +236,14 @@ class Stack(nnx.Module):
                 names = variable.get_metadata().get("axes", (None,) * (len(variable.shape) - 1))
                 variable.set_metadata(axes=("layers", *names))
 
+    def cut(self) -> list[nnx.Module]:
+        """Returns the blocks one by one, their parameters cut out of the stacked ones."""
+        graphdef, params = nnx.split(self.blocks)
+        return [
+            nnx.merge(graphdef, jax.tree.map(lambda leaf, layer=layer: leaf[layer], params))
+            for layer in range(self.depth)
+        ]
+
     def scan(
         self,
         apply: Callable[[Any, Any, Any], tuple[Any, Any]],

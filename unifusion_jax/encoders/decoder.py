@@ -7,7 +7,7 @@ are held.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,8 @@ from unifusion_jax import layers as nn
 from unifusion_jax.encoders.batch import AnyArray, pytree
 from unifusion_jax.encoders.decoder_config import ACTIVATIONS, DecoderConfig
 from unifusion_jax.parallel.attention import attention
+
+_LARGEST_CUT_BYTES = 4 << 30
 
 __all__ = ["Decoder", "DecoderConfig", "KVCache", "Positions", "token_positions"]
 
@@ -284,11 +286,14 @@ class Decoder(nnx.Module):
         *,
         images: Int[Array, "B S"] | None = None,
         keep_index: Int[Array, "B C"] | None = None,
+        blocks: Sequence[Block] | None = None,
     ) -> tuple[Float[Array, "B S H"], Float[Array, "B C N H"], KVCache]:
         """Runs all blocks on tokens that occupy cache slots from `slot` on; their slots must be set in `cache.mask`.
 
         Serves the prefill (all prompt tokens, slot 0; only there `images` may be given, see `states`) and each decoding
         step (one token).
+
+        `blocks`, where given, are those of `cut_layers`, and run one after the other instead of by a scan.
 
         Returns:
           The residual stream after the last block, the states of `layers`, and the cache with the new keys and values.
@@ -313,10 +318,28 @@ class Decoder(nnx.Module):
             x, cache = block.cached(x, context, sliding, cache, layer)
             return (x, buffer.at[slot].set(gather_kept(x, keep_index)), cache), None
 
-        numbers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
-        inputs = (numbers, slots, self.config.sliding)
-        (x, buffer, cache), _ = self.layers.scan(apply, (embeddings, buffer, cache), inputs)
+        inputs = (np.arange(self.config.num_layers, dtype=np.int32), slots, self.config.sliding)
+        carry = (embeddings, buffer, cache)
+        if blocks is None:
+            carry, _ = self.layers.scan(apply, carry, inputs)
+        else:
+            for number, block in enumerate(blocks):
+                carry, _ = apply(block, carry, tuple(jnp.asarray(each[number]) for each in inputs))
+        x, buffer, cache = carry
         return x, jnp.moveaxis(buffer[:-1], 0, 2), cache
+
+    def cut_layers(self) -> list[Block] | None:
+        """Returns the blocks one by one, for a loop around `cached_states`, where that is worth a copy of their weights.
+
+        On a CPU, a scan copies each layer's weights out of the stack before it multiplies by them, which for one token costs
+        more than the product. Cut before the loop they are copied once. Large models have no room for that, and on
+        accelerators the copy is part of the product.
+        """
+        leaves = jax.tree.leaves(nnx.state(self.layers.blocks, nnx.Param))
+        size_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+        if jax.default_backend() != "cpu" or size_bytes > _LARGEST_CUT_BYTES:
+            return None
+        return cast(list[Block], self.layers.cut())
 
     def empty_cache(self, mask: Bool[Array, "B K"], dtype: Any) -> KVCache:
         """Returns a cache of zeros with room for the K slots of `mask`."""

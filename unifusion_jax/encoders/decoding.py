@@ -124,6 +124,8 @@ def decode(
     image_index, image_mask = compact_index(jnp.asarray(batch.is_image) & mask, image_tokens)
     logits, image_states, cache = _prefill(model, batch, positions, image_index, layers, max_new_tokens)
 
+    blocks = decoder.cut_layers()
+
     def draw(logits: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
         token = sample_tokens(logits, drawing, step)
         return token, jnp.any(token[:, None] == stop_ids, axis=1)
@@ -132,7 +134,12 @@ def decode(
         slot = prompt_slots + loop.step
         cache = dataclasses.replace(loop.cache, mask=loop.cache.mask.at[:, slot].set(True))
         x, states, cache = decoder.cached_states(
-            model.embed_tokens(loop.token[:, None]), (following + loop.step)[:, None], cache, slot, layers
+            model.embed_tokens(loop.token[:, None]),
+            (following + loop.step)[:, None],
+            cache,
+            slot,
+            layers,
+            blocks=blocks,
         )
         token, stopped = draw(decoder.logits(x[:, 0]), loop.step + 1)
         return _Loop(
