@@ -16,7 +16,7 @@ from unifusion_jax.training.config import TrainConfig
 def model(frozen):
     config = from_mapping(TrainConfig, tiny_config(str(frozen)))
     encoder, autoencoder = load_frozen(config)
-    sizes = model_config_of(config, encoder)
+    sizes = model_config_of(config, encoder.config)
     params = nnx.to_pure_dict(nnx.state(UniFusionModel(sizes, rngs=nnx.Rngs(0)), nnx.Param))
     # The velocity starts at zero whatever the condition; shaken weights make pictures differ.
     keys = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(params))))

@@ -5,16 +5,48 @@ Every parameter carries the names of its logical axes in the variable's metadata
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
 Axes = tuple[str | None, ...]
 Remat = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+if TYPE_CHECKING:
+    AnyArray = Any  # checkers would ask for the methods that all three share
+else:
+    AnyArray = Array | np.ndarray | jax.ShapeDtypeStruct
+_Class = TypeVar("_Class", bound=type)
+
+
+def pytree(cls: _Class) -> _Class:
+    """Registers a frozen dataclass as a pytree of all its fields.
+
+    Rebuilding skips `__init__`, so that transformations may put any kind of leaf (shardings, specs, sentinels) in the
+    fields.
+    """
+    names = [field.name for field in dataclasses.fields(cls)]
+
+    def flatten(instance: Any) -> tuple[tuple[Any, ...], None]:
+        return tuple(getattr(instance, name) for name in names), None
+
+    def flatten_with_keys(instance: Any) -> tuple[tuple[tuple[jax.tree_util.GetAttrKey, Any], ...], None]:
+        return tuple((jax.tree_util.GetAttrKey(name), getattr(instance, name)) for name in names), None
+
+    def unflatten(_: None, leaves: Any) -> Any:
+        instance = object.__new__(cls)
+        for name, leaf in zip(names, leaves, strict=True):
+            object.__setattr__(instance, name, leaf)
+        return instance
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+    return cls
+
 
 _ZEROS = nnx.initializers.zeros_init()
 _KERNEL_INIT = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
@@ -260,3 +292,14 @@ class Stack(nnx.Module):
             return apply(nnx.merge(graphdef, layer_params), carry, x)
 
         return jax.lax.scan(remat(body) if remat else body, carry, (params, xs), length=length)
+
+    def chosen(self, numbers: Sequence[int], apply: Callable[[Any, Any], PyTree], xs: PyTree) -> PyTree:
+        """Returns `apply(block, x)` of the blocks with these numbers (from 0), each with its own x, all at once.
+
+        `xs` has a leading axis of `len(numbers)`, and so has the result.
+        """
+        graphdef, params = nnx.split(self.blocks)
+        if tuple(numbers) != tuple(range(self.depth)):
+            index = np.asarray(numbers)
+            params = jax.tree.map(lambda leaf: leaf[index], params)
+        return jax.vmap(lambda params, x: apply(nnx.merge(graphdef, params), x))(params, xs)

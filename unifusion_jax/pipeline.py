@@ -11,11 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from unifusion_jax import autoencoders, encoders, exported, weights
 from unifusion_jax.autoencoders import Autoencoder
+from unifusion_jax.conditioning import Selection
 from unifusion_jax.config import from_mapping
+from unifusion_jax.dit import Condition as DiTCondition
 from unifusion_jax.encoders import Encoder
 from unifusion_jax.encoders.batch import LayerStates
 from unifusion_jax.flow import SamplingConfig, guided, integrate
@@ -30,6 +32,7 @@ from unifusion_jax.verifi import SYSTEM_PROMPTS, task_of
 BUNDLED_CHECKPOINT = "bundled:demo/unifusion"
 # Condition lengths are padded to a multiple of this, so that few sizes are compiled.
 _CONDITION_STEP_TOKENS = 16
+_LATENTS = "latent channels (autoencoder.path, dit.latent_channels)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +90,7 @@ class UniFusion:
         if (folder / "checkpoints").is_dir():
             config = from_mapping(TrainConfig, weights.read_json(folder / "config.json"), f"{folder}/config.json")
             encoder, autoencoder = load_frozen(config)
-            model_config = model_config_of(config, encoder)
+            model_config = model_config_of(config, encoder.config)
             checkpoints = Checkpoints(folder)
             params = checkpoints.restore_inference(exported.abstract_params(model_config))
             checkpoints.close()
@@ -112,7 +115,7 @@ class UniFusion:
         self,
         prompts: Sequence[Prompt | str],
         *,
-        rewrite: bool = True,
+        rewrite: bool | None = None,
         system_prompt: str | None = None,
         max_new_tokens: int | None = None,
         temperature: float = 0.0,
@@ -124,7 +127,7 @@ class UniFusion:
 
         Args:
           prompts: a str is short for `Prompt(str)`.
-          rewrite: as above.
+          rewrite: as above; None does as the model was trained (`encoder.verifi`).
           system_prompt: replaces the task's system message.
           max_new_tokens: longest description; what the checkpoint was trained with when None.
           temperature: of decoding; 0 is greedy.
@@ -133,6 +136,7 @@ class UniFusion:
         asked = [self._with_system(Prompt(p) if isinstance(p, str) else p, system_prompt) for p in prompts]
         if not asked:
             raise ValueError("No prompts were given.")
+        rewrite = self.config.encoder.verifi if rewrite is None else rewrite
         tiles = self.config.data.tiles_per_image
         if rewrite and all(prompt.target is None for prompt in asked):
             limit = max_new_tokens or _longest_target(self.config)
@@ -157,7 +161,7 @@ class UniFusion:
         steps: int = 30,
         guidance: float = 3.0,
         size: int | tuple[int, int] | None = None,
-        rewrite: bool = True,
+        rewrite: bool | None = None,
         system_prompt: str | None = None,
         solver: str = "euler",
         guidance_interval: tuple[float, float] = (0.0, 1.0),
@@ -170,7 +174,8 @@ class UniFusion:
           steps: solver steps.
           guidance: classifier-free guidance scale; 1 is off.
           size: side in px, or (width, height); the training size when None.
-          rewrite: the encoder describes the picture first (VERIFI); False conditions on the user's own words.
+          rewrite: the encoder describes the picture first (VERIFI); False conditions on the user's own words; None does as
+            the model was trained.
           system_prompt: replaces the task's system message.
           solver: "euler" or "heun".
           guidance_interval: times between which guidance acts.
@@ -235,17 +240,54 @@ class UniFusion:
 
 
 def load_frozen(config: TrainConfig, mesh: Any = None) -> tuple[Encoder, Autoencoder]:
-    """Loads the encoder and the autoencoder that a config names."""
+    """Loads the encoder and the autoencoder that a config names.
+
+    Raises:
+      ValueError: something does not fit together, told from the networks' configs before any weights are read.
+    """
     chosen = config.encoder
+    sizes = encoders.read_config(chosen.path)
+    model_config_of(config, sizes)
+    channels = autoencoders.read_config(config.autoencoder.path).latent_channels
+    _check_equal(_LATENTS, channels, config.dit.latent_channels)
+    if not sizes.decodes and chosen.verifi:
+        raise ValueError(
+            f"encoder.verifi=True needs an encoder that decodes text, but {chosen.path} only reads it: set "
+            "encoder.verifi=False."
+        )
+    if not sizes.decodes and chosen.system_prompts != "none":
+        raise ValueError(
+            f"{chosen.path} has no system turn, but encoder.system_prompts={chosen.system_prompts!r}: set 'none'."
+        )
+    selection = _selection(config, sizes)
     encoder = encoders.load(
-        chosen.path, layers=chosen.layers or None, dtype=chosen.dtype, mesh=mesh, quantize=chosen.quantize
+        chosen.path,
+        layers=selection.layers,
+        form=selection.form,
+        dtype=chosen.dtype,
+        mesh=mesh,
+        quantize=chosen.quantize,
     )
     return encoder, autoencoders.load(config.autoencoder.path, dtype=config.autoencoder.dtype, mesh=mesh)
 
 
-def model_config_of(config: TrainConfig, encoder: Encoder) -> ModelConfig:
-    """Returns the sizes that a training config implies for this encoder."""
-    return ModelConfig(len(encoder.layers), encoder.config.hidden_size, config.conditioning, config.dit)
+def _selection(config: TrainConfig, sizes: Any) -> Selection:
+    return config.conditioning.select(config.encoder.layers, sizes.num_layers, config.dit.num_layers)
+
+
+def model_config_of(config: TrainConfig, sizes: Any) -> ModelConfig:
+    """Returns the sizes that a training config implies for an encoder of these (`Encoder.config`).
+
+    Raises ValueError, naming the dimension and what would fit, where the strategy cannot connect encoder and DiT.
+    """
+    selection = _selection(config, sizes)
+    return ModelConfig(
+        len(selection.layers),
+        encoders.exported_size(sizes, selection.form),
+        config.conditioning,
+        config.dit,
+        sizes.key_value_shape[0] if selection.form == "key_values" else 0,
+    )
 
 
 @functools.cache
@@ -266,15 +308,14 @@ def _sample(
 ) -> Float[Array, "B h w 3"]:
     """Condition, the whole solver loop and the decoder as one compiled function."""
     model: UniFusionModel = nnx.merge(graphdef, params)
-    tokens, mask = model.condition(jnp.asarray(states.states, jnp.float32), jnp.asarray(states.mask))
-    null, null_mask = model.null_condition(*mask.shape)
+    told = model.condition(jnp.asarray(states.states, jnp.float32), jnp.asarray(states.mask))
 
-    def velocity(condition: Float[Array, "B C D"], mask: Bool[Array, "B C"]) -> Any:
-        return lambda x, t: model.velocity(x, t, condition, mask)
+    def velocity(condition: DiTCondition) -> Any:
+        return lambda x, t: model.velocity(x, t, condition)
 
     shape = (*cells, model.config.dit.latent_channels)
     noise = jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
-    latents = integrate(guided(velocity(tokens, mask), velocity(null, null_mask), sampling), noise, sampling)
+    latents = integrate(guided(velocity(told), velocity(model.null_condition(told)), sampling), noise, sampling)
     return autoencoder.decode_fn(autoencoder_params, latents)
 
 
@@ -294,13 +335,13 @@ def check_fit(encoder: Encoder, autoencoder: Autoencoder, model: ModelConfig) ->
     """Raises ValueError naming the dimension in which frozen and trained parts disagree."""
     pairs = (
         ("exported layers (encoder.layers)", len(encoder.layers), model.num_layers),
-        ("encoder width (encoder.path)", encoder.config.hidden_size, model.encoder_size),
-        (
-            "latent channels (autoencoder.path, dit.latent_channels)",
-            autoencoder.latent_channels,
-            model.dit.latent_channels,
-        ),
+        ("encoder width (encoder.path)", encoder.exported_size, model.encoder_size),
+        (_LATENTS, autoencoder.latent_channels, model.dit.latent_channels),
     )
     for name, got, expected in pairs:
-        if got != expected:
-            raise ValueError(f"The frozen networks do not fit the model: {name} is {got}, the model takes {expected}.")
+        _check_equal(name, got, expected)
+
+
+def _check_equal(name: str, got: int, expected: int) -> None:
+    if got != expected:
+        raise ValueError(f"The frozen networks do not fit the model: {name} is {got}, the model takes {expected}.")

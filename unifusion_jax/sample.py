@@ -23,7 +23,9 @@ _GUIDANCE = flags.DEFINE_float("guidance", 3.0, "Classifier-free guidance scale;
 _GUIDANCE_INTERVAL = flags.DEFINE_list("guidance_interval", ["0", "1"], "Times LOW,HIGH between which guidance acts.")
 _SIZE = flags.DEFINE_string("size", None, "Side in pixels, or WIDTHxHEIGHT; the training size if not given.")
 _SOLVER = flags.DEFINE_enum("solver", "euler", ["euler", "heun"], "Euler, or Heun's second-order method.")
-_REWRITE = flags.DEFINE_bool("rewrite", True, "Let the encoder describe the picture first (VERIFI).")
+_REWRITE = flags.DEFINE_bool(
+    "rewrite", None, "Let the encoder describe the picture first (VERIFI); as the model was trained if not given."
+)
 _SYSTEM_PROMPT = flags.DEFINE_string("system_prompt", None, "System message in place of the task's own.")
 
 _SIZE_PATTERN = re.compile(r"(\d+)(?:x(\d+))?")
@@ -56,7 +58,7 @@ def run() -> None:
     condition = model.condition(
         [Prompt(_PROMPT.value, references)], rewrite=_REWRITE.value, system_prompt=_SYSTEM_PROMPT.value
     )
-    if _REWRITE.value:
+    if _REWRITE.value or (_REWRITE.value is None and model.config.encoder.verifi):
         print(f"Description: {condition.texts[0]}")
     image = model.sample(condition, seed=_SEED.value, size=size, sampling=sampling)[0]
     images.save(image, _OUTPUT.value)

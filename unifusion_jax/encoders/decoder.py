@@ -202,6 +202,14 @@ class Block(nnx.Module):
         mixed = self.attention.mix(query, keys[layer], values[layer], context, sliding)
         return self._finish(x, mixed), KVCache(keys, values, cache.mask)
 
+    def key_values(self, x: Float[Array, "*batch H"]) -> Float[Array, "*batch F"]:
+        """Returns the keys, not rotated, and the values that this block makes of what enters it, F = 2 G E."""
+        normed = self.attention_norm(x)
+        key, value = self.attention.k(normed), self.attention.v(normed)
+        if self.config.qk_norm:
+            key = self.attention.k_norm(key.reshape(*x.shape[:-1], -1, self.config.head_dim)).reshape(key.shape)
+        return jnp.concatenate([key, value], axis=-1)
+
     def _finish(self, x: jax.Array, mixed: jax.Array) -> jax.Array:
         if not self.config.post_norms:
             x = x + mixed
@@ -318,6 +326,14 @@ class Decoder(nnx.Module):
         (x, buffer, cache), _ = self.layers.scan(apply, (embeddings, buffer, cache), inputs)
         return x, jnp.moveaxis(buffer[:-1], 0, 2), cache
 
+    def final_norm(self, states: Float[Array, "*batch H"]) -> Float[Array, "*batch H"]:
+        """Returns states as the output head reads them."""
+        return self.norm(states)
+
+    def key_values(self, states: Float[Array, "B C N H"], layers: Sequence[int]) -> Float[Array, "B C N F"]:
+        """Returns keys and values of `layers` from the states of the layers before them; see `Block.key_values`."""
+        return layer_key_values(self.layers, states, layers)
+
     def empty_cache(self, mask: Bool[Array, "B K"], dtype: Any) -> KVCache:
         """Returns a cache of zeros with room for the K slots of `mask`."""
         config = self.config
@@ -338,6 +354,15 @@ class Decoder(nnx.Module):
             turns = positions[:, :, None, None].astype(jnp.float32)
         plain, sliding = (turns * self.config.rope_frequencies(sliding=kind) for kind in (False, True))
         return (jnp.cos(plain), jnp.sin(plain)), (jnp.cos(sliding), jnp.sin(sliding))
+
+
+def layer_key_values(
+    blocks: nn.Stack, states: Float[Array, "B C N H"], layers: Sequence[int]
+) -> Float[Array, "B C N F"]:
+    """Applies `key_values` of the blocks that make `layers` to what enters each of them."""
+    numbers = [layer - 1 for layer in layers]
+    found = blocks.chosen(numbers, lambda block, x: block.key_values(x), jnp.moveaxis(states, 2, 0))
+    return jnp.moveaxis(found, 0, 2)
 
 
 def gather_kept(x: Float[Array, "B S H"], keep_index: Int[Array, "B C"] | None) -> Float[Array, "B C H"]:

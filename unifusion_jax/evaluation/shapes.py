@@ -20,7 +20,7 @@ def evaluate_prompts(
     guidance: float,
     num_objects: Sequence[int] = (1, 2),
     pairs: Sequence[str] = ("seen", "held_out"),
-    rewrite: bool = True,
+    rewrite: bool | None = None,
     batch_size: int = 64,
     seed: int = 0,
 ) -> dict[str, float]:
@@ -33,7 +33,7 @@ def evaluate_prompts(
       guidance: guidance scale.
       num_objects: numbers of objects in the scenes.
       pairs: "seen": unseen scenes of shape-colour pairs that training has; "held_out": with a pair it never has.
-      rewrite: VERIFI on or off.
+      rewrite: VERIFI on or off; as the model was trained when None.
       batch_size: pictures at a time.
       seed: of prompts and noise.
 

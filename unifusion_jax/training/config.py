@@ -23,14 +23,18 @@ class EncoderRef:
 
     Attributes:
       path: folder, hub id, or "bundled:demo/encoder".
-      layers: exported layers; empty takes every third one (1, 4, 7, ...), as the paper does.
+      layers: exported layers; empty leaves them to the conditioning strategy (LAP takes every third one, 1, 4, 7, ...).
       dtype: type its weights are kept and run in.
-      system_prompts: which set of `unifusion_jax.verifi.SYSTEM_PROMPTS` it is asked with.
+      system_prompts: which set of `unifusion_jax.verifi.SYSTEM_PROMPTS` it is asked with; "none" for encoders that have no
+        system turn.
+      verifi: the description that the encoder decodes conditions the DiT (in training a stored one); False: the user's own
+        words do, and nothing is decoded.
       quantize: "int8" keeps its matrices in 8 bits, see `encoders.load`.
     """
 
     path: str = "bundled:demo/encoder"
-    system_prompts: Literal["full", "short"] = "full"
+    system_prompts: Literal["full", "short", "none"] = "full"
+    verifi: bool = True
     layers: tuple[int, ...] = ()
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     quantize: Literal["none", "int8"] = "none"
