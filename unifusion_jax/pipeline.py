@@ -26,6 +26,7 @@ from unifusion_jax.model import ModelConfig, UniFusionModel
 from unifusion_jax.prompt import Prompt
 from unifusion_jax.training.checkpoints import Checkpoints
 from unifusion_jax.training.config import TrainConfig
+from unifusion_jax.training.phases import config_at
 from unifusion_jax.training.rng import stream_key
 from unifusion_jax.verifi import SYSTEM_PROMPTS, task_of
 
@@ -89,9 +90,10 @@ class UniFusion:
         folder = weights.resolve(BUNDLED_CHECKPOINT if checkpoint is None else checkpoint)
         if (folder / "checkpoints").is_dir():
             config = from_mapping(TrainConfig, weights.read_json(folder / "config.json"), f"{folder}/config.json")
+            checkpoints = Checkpoints(folder)
+            config = config_at(config, checkpoints.latest_step() or 0)
             encoder, autoencoder = load_frozen(config)
             model_config = model_config_of(config, encoder.config)
-            checkpoints = Checkpoints(folder)
             params = checkpoints.restore_inference(exported.abstract_params(model_config))
             checkpoints.close()
         else:

@@ -139,6 +139,16 @@ def from_tree(tree: dict[str, Any], abstract: TrainState) -> TrainState:
     return TrainState(tree["step"], tree["params"], tree.get("ema", {}) or {}, opt_state, tree["metrics"])
 
 
+def latest_step(workdir: Path) -> int:
+    """Returns the step of the newest checkpoint of a workdir; 0 where there is none. Makes no folder."""
+    if not (workdir / _FOLDER).is_dir():
+        return 0
+    checkpoints = Checkpoints(workdir)
+    step = checkpoints.latest_step()
+    checkpoints.close()
+    return step or 0
+
+
 def check_config(workdir: Path, config_json: str) -> None:
     """Checks that a workdir is new or holds a run of this config.
 
