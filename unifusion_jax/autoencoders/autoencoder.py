@@ -195,9 +195,7 @@ def load(
       FileNotFoundError: where the folder, config.json or the weights are missing.
       ValueError: for an unsupported class, and for weights that are truncated or do not fit config.json.
     """
-    folder = weights.resolve(path)
-    if not (folder / CONFIG_FILE).exists() and (folder / "vae" / CONFIG_FILE).exists():
-        folder = folder / "vae"
+    folder = weights.resolve(path, subfolder="vae")
     config = config_of(weights.read_json(folder / CONFIG_FILE), pack=pack)
     family = family_of(config)
     dtype = jnp.dtype(dtype)

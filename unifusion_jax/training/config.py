@@ -30,7 +30,7 @@ class EncoderRef:
     """
 
     path: str = "bundled:demo/encoder"
-    system_prompts: Literal["full", "short"] = "full"
+    system_prompts: Literal["full", "short", "none"] = "full"
     layers: tuple[int, ...] = ()
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     quantize: Literal["none", "int8"] = "none"
