@@ -34,6 +34,8 @@ setup(
         "clu>=0.0.12",
         "tensorboardX>=2.6",
         "safetensors>=0.5",
+        "ml_dtypes",
+        "protobuf",
         "msgpack",
         "pillow>=11",
         "numpy>=2.0",

@@ -73,7 +73,7 @@ SYSTEM_PROMPTS: Mapping[str, SystemPrompts] = MappingProxyType(
             multi_reference="Describe the combined picture.",
             reconstruction="Describe the picture.",
         ),
-        # For encoders without a system turn.
-        "none": SystemPrompts("", "", "", "", ""),
+        # For encoders without a system turn, such as T5.
+        "none": SystemPrompts(text_to_image="", joint="", edit="", multi_reference="", reconstruction=""),
     }
 )

@@ -177,15 +177,10 @@ class Autoencoder:
         _check_array("latents", latents, self.latent_channels)
 
 
-def _folder(path: str | os.PathLike[str]) -> Path:
-    folder = weights.resolve(path)
-    inside = not (folder / CONFIG_FILE).exists() and (folder / "vae" / CONFIG_FILE).exists()
-    return folder / "vae" if inside else folder
-
-
 def read_config(path: str | os.PathLike[str], *, pack: int | None = None) -> LatentConfig:
     """Reads an autoencoder's sizes from its `config.json`, without its weights; see `load`."""
-    return config_of(weights.read_json(_folder(path) / CONFIG_FILE), pack=pack)
+    folder = weights.resolve(path, subfolder="vae")
+    return config_of(weights.read_json(folder / CONFIG_FILE), pack=pack)
 
 
 def load(
@@ -206,7 +201,7 @@ def load(
       FileNotFoundError: where the folder, config.json or the weights are missing.
       ValueError: for an unsupported class, and for weights that are truncated or do not fit config.json.
     """
-    folder = _folder(path)
+    folder = weights.resolve(path, subfolder="vae")
     config = read_config(folder, pack=pack)
     family = family_of(config)
     dtype = jnp.dtype(dtype)
