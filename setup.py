@@ -48,6 +48,7 @@ setup(
         "cuda": ["jax[cuda13]"],
         "parquet": ["pyarrow"],
         "app": ["gradio>=6"],
+        "analysis": ["matplotlib>=3.9", "scikit-image"],
         "test": [
             "torch==2.13.0",
             "diffusers>=0.36",
@@ -56,6 +57,7 @@ setup(
             "pytest-xdist",
             "hypothesis",
             "beartype>=0.20",
+            "matplotlib>=3.9",
             "scikit-image",
             "ruff",
             "pyright",

@@ -108,6 +108,10 @@ class UniFusion:
         other.__dict__ = self.__dict__ | {"params": params}
         return other
 
+    def module(self) -> UniFusionModel:
+        """Returns the trained stack as a module, to look into."""
+        return nnx.merge(_graphdef(self.model_config), self.params)
+
     @property
     def multiple_of_px(self) -> int:
         """Sides of generated pictures are multiples of this."""
@@ -120,6 +124,7 @@ class UniFusion:
         rewrite: bool | None = None,
         system_prompt: str | None = None,
         max_new_tokens: int | None = None,
+        max_tiles: int | None = None,
         temperature: float = 0.0,
         seed: int = 0,
     ) -> Condition:
@@ -132,6 +137,7 @@ class UniFusion:
           rewrite: as above; None does as the model was trained (`encoder.verifi`).
           system_prompt: replaces the task's system message.
           max_new_tokens: longest description; what the checkpoint was trained with when None.
+          max_tiles: bound of each picture's tile grid; what the checkpoint was trained with when None.
           temperature: of decoding; 0 is greedy.
           seed: of decoding.
         """
@@ -139,7 +145,7 @@ class UniFusion:
         if not asked:
             raise ValueError("No prompts were given.")
         rewrite = self.config.encoder.verifi if rewrite is None else rewrite
-        tiles = self.config.data.tiles_per_image
+        tiles = self.config.data.tiles_per_image if max_tiles is None else max_tiles
         if rewrite and all(prompt.target is None for prompt in asked):
             limit = max_new_tokens or _longest_target(self.config)
             written = self.encoder.rewrite(
