@@ -10,6 +10,8 @@ from unifusion_jax.dit import Condition, DiT, DiTConfig
 from unifusion_jax.dit.rope import RopeConfig, apply_rope, joint_positions, rope_table
 from unifusion_jax.dit.transformer import patchify, unpatchify
 from unifusion_jax.model import ModelConfig, UniFusionModel
+from unifusion_jax.parallel import attention as attention_module
+from unifusion_jax.parallel.attention import few_token_attention
 from unifusion_jax.parallel.mesh import MeshConfig, make_mesh
 from unifusion_jax.parallel.sharding import param_shardings
 
@@ -172,3 +174,31 @@ def test_before_and_after_jit_and_remat_agree():
 def test_impossible_sizes_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("layers", [1, 4, 10])
+def test_attention_over_few_tokens_equals_the_general_one(layers):
+    parts = [jax.random.normal(jax.random.key(seed), (6, layers, 3, 8)) for seed in range(3)]
+
+    def both_ways(function):
+        return jax.value_and_grad(lambda *parts: jnp.sum(jnp.sin(function(*parts))), argnums=(0, 1, 2))(*parts)
+
+    few, general = both_ways(few_token_attention), both_ways(jax.nn.dot_product_attention)
+    np.testing.assert_allclose(few[0], general[0], rtol=1e-5)
+    for ours, theirs in zip(few[1], general[1], strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_lap_is_the_same_by_either_attention(monkeypatch):
+    lap = randomised(LAP(LAPConfig(4, 16, 2, 32), rngs=nnx.Rngs(0)))
+    states = jax.random.normal(jax.random.key(0), (2, 5, 4, 16))
+    fast = lap(states)
+    general = attention_module.attention
+    calls = []
+    monkeypatch.setattr(attention_module, "few_token_attention", lambda query, *_, **options: calls.append(1) or query)
+    monkeypatch.setattr(attention_module, "FEW_TOKENS", 0)
+    np.testing.assert_allclose(lap(states), fast, atol=1e-5)
+    assert not calls
+    monkeypatch.setattr(attention_module, "FEW_TOKENS", 4)
+    general(*[jnp.ones((1, 4, 1, 2))] * 3)
+    assert len(calls) == 1  # what LAP calls does take the other way
