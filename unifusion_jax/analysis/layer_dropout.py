@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from unifusion_jax.analysis.figure import Figure, Options
+from unifusion_jax.flow import SamplingConfig
 from unifusion_jax.images import grid
 from unifusion_jax.pipeline import UniFusion
 from unifusion_jax.weights import Params
@@ -32,10 +33,12 @@ def layer_dropout(model: UniFusion, options: Options) -> Figure:
         raise ValueError(f"layer_dropout drops layers of LAP; this checkpoint's conditioning.strategy is {strategy!r}.")
     prompts = options.chosen_prompts()
     variants = {"none": [], **thirds(len(model.encoder.layers))}
+    condition = model.condition(prompts)
+    sampling = SamplingConfig(options.steps, guidance=options.guidance)
     pictures, rows, whole = [], [], None
     for name, dropped in variants.items():
         other = model.with_params(without_layers(model.params, dropped))
-        drawn = other.generate(prompts, seed=options.seed, steps=options.steps, guidance=options.guidance)
+        drawn = other.sample(condition, seed=options.seed, sampling=sampling)
         pixels = [np.asarray(picture, np.float64) for picture in drawn]
         whole = whole or pixels
         pictures += drawn

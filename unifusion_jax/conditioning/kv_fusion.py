@@ -28,7 +28,7 @@ class FusedLayer(nnx.Module):
         self.key_norm = RMSNorm(dit.head_dim, param_dtype=param_dtype)
 
     def __call__(
-        self, x: Float[Array, "B K F"], rope: RopeTable
+        self, x: Float[Array, "B K H"], rope: RopeTable
     ) -> tuple[Float[Array, "B K A E"], Float[Array, "B K A E"]]:
         """Returns keys and values in the DiT's heads; an encoder's key-value head serves several where it has fewer."""
         key, value = jnp.split(x.astype(self.dtype), 2, axis=-1)

@@ -82,8 +82,6 @@ def base(size: str) -> Any:
         config.data.sources = ({"name": "shapes", "seed": 31, "num_objects": (1, 2), "tasks": {"text_to_image": 1.0}},)
         config.data.budgets = {"text_to_image": {"max_tokens": 96, "max_tiles": 0, "max_kept_tokens": 36}}
         config.evaluation.prompts = 128
-        # The demo's encoder and DiT have other sizes than each other.
-        config.conditioning.learned_maps = True
     else:
         # Llama, T5 and InternVL2.5 are 4096 wide, as the DiT is: no maps between them.
         conditioning = ConditioningConfig(lap_heads=32)
