@@ -139,6 +139,14 @@ def test_qk_norms_of_a_checkpoint_cover_the_words(model, tmp_path):
     assert figure.write(tmp_path, "figure")[0].exists()
     ids = model.encoder.processor.tokenizer("a red square", add_special_tokens=False)["input_ids"]
     assert "".join(pieces_of(model.encoder.processor, ids)) == "a red square"
+    snow = model.encoder.processor.tokenizer("a 雪 b", add_special_tokens=False)[
+        "input_ids"
+    ]  # several tokens a character
+    assert len(snow) > 5 and [word for word, _ in words_of(pieces_of(model.encoder.processor, snow))] == [
+        "a",
+        "雪",
+        "b",
+    ]
 
 
 def test_thirds():

@@ -13,6 +13,7 @@ import PIL.Image
 import pytest
 from test_training import logged
 
+from unifusion_jax.analysis import FIGURES
 from unifusion_jax.pipeline import UniFusion
 from unifusion_jax.train import run as run_training  # noqa: F401  (imported here so that a broken import fails once)
 
@@ -135,6 +136,11 @@ def test_export_of_nothing_is_refused(tmp_path):
     assert done.returncode == 1
     assert "No folder" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_analyze_offers_every_figure():
+    done = call("analyze", "--help")
+    assert all(name in done.stdout for name in FIGURES)
 
 
 def test_analyze_writes_figures(trained, tmp_path):

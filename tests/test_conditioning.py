@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx, traverse_util
+from optax.contrib import MuonDimensionNumbers
 from test_dit import randomised
 from test_training import assert_same, logged, parsed, train
 from vision_support import write_t5
@@ -22,6 +23,8 @@ from unifusion_jax.parallel.attention import attention
 from unifusion_jax.parallel.mesh import make_mesh
 from unifusion_jax.pipeline import load_frozen
 from unifusion_jax.training.checkpoints import check_config
+from unifusion_jax.training.flops import condition_flops, dit_flops, lap_flops
+from unifusion_jax.training.optimizer import _muon_dimensions
 from unifusion_jax.training.tasks import make_task
 
 ONE_TASK = {
@@ -113,7 +116,7 @@ def test_exported_keys_and_values_are_those_of_the_block(frozen):
     exported = encoder.export(batch)
     assert exported.states.shape == (2, 7, 2, 32) and encoder.exported_size == 32
     decoder = encoder.module(encoder.params).decoder
-    before, after = np.moveaxis(np.asarray(encoder.layer_states(batch, layers=(3, 4))), 2, 0)
+    before, after = jnp.moveaxis(encoder.layer_states(batch, layers=(3, 4)), 2, 0)
     # Block 4 with the exported keys, rotated here, must lead from layer 3 to layer 4.
     graphdef, params = nnx.split(decoder.layers.blocks)
     block = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[3], params))
@@ -124,7 +127,8 @@ def test_exported_keys_and_values_are_those_of_the_block(frozen):
     mixed = attention(query, key, value, causal=True, kv_mask=jnp.asarray(batch.mask))
     x = before + block.attention.o(mixed.reshape(2, 7, 32))
     x = x + block.ffn(block.ffn_norm(x))
-    np.testing.assert_allclose(np.asarray(x)[batch.mask], after[batch.mask], rtol=1e-4, atol=1e-4)
+    ours, theirs = np.asarray(x)[batch.mask], np.asarray(after)[batch.mask]
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_the_last_layer_comes_after_the_final_norm(frozen):
@@ -369,6 +373,32 @@ def test_t5_without_verifi_and_system_turn_alone(frozen, t5):
     ):
         with pytest.raises(ValueError, match=message):
             load_frozen(config_of("t5", frozen, t5, **changes))
+
+
+def test_flops_of_the_strategies():
+    tokens, refiner = 3, 2 * (2 * 3 * (4 * 32 * 32 + 3 * 32 * 64) + 4 * 3 * 3 * 32)
+    project = 2 * 3 * 24 * 32
+    assert condition_flops(model_of("last_layer", 1, 24), tokens) == project + refiner
+    injection = model_of("hidden_state_injection", 2, 24, learned_maps=True, refiner_blocks=0)
+    assert condition_flops(injection, tokens) == 2 * project
+    one = condition_flops(model_of("lap", 3, 24, refiner_blocks=0), tokens)
+    assert one == lap_flops(model_of("lap", 3, 24).conditioning.lap(3, 24), tokens) + project
+    assert condition_flops(model_of("lap_injection", 3, 24, blocks=5, refiner_blocks=0), tokens) == 5 * one
+    fusion = model_of("kv_fusion", 2, 32, kv_heads=1)
+    assert condition_flops(fusion, tokens) == 0
+    # Fused keys are attended to by the 4 latent tokens, and are no tokens that pass through the blocks.
+    tokens_less = 2 * (2 * 3 * (4 * 32 * 32 + 3 * 32 * 48) + 4 * 3 * (3 + 4) * 32)
+    assert dit_flops(model_of("last_layer", 1, 24), 3, 4) - dit_flops(fusion, 3, 4) == tokens_less
+
+
+def test_muon_finds_the_matrices_in_stacks_of_stacks():
+    model = nnx.eval_shape(lambda: UniFusionModel(model_of("lap_injection", 3, 24, blocks=5), rngs=nnx.Rngs(0)))
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    laps = _muon_dimensions(params)["conditioner"]["laps"]["blocks"]
+    gate = params["conditioner"]["laps"]["blocks"]["lap"]["blocks"]["blocks"]["ffn"]["gate"]["kernel"]
+    assert gate.shape == (5, 2, 24, 48)
+    assert laps["lap"]["blocks"]["blocks"]["ffn"]["gate"]["kernel"] == MuonDimensionNumbers((2,), 3)
+    assert laps["lap"]["pool"]["kernel"] == MuonDimensionNumbers((1,), 2)
 
 
 def test_key_value_heads_that_do_not_divide():

@@ -66,7 +66,8 @@ def word_rows(
 
 def pieces_of(processor: Any, token_ids: Sequence[int]) -> list[str]:
     """Returns the text that each token adds to those before it, white space kept."""
-    texts = [processor.decode(list(token_ids[:end])) for end in range(len(token_ids) + 1)]
+    # A character that is not complete yet decodes to a replacement character, which counts for nothing.
+    texts = [processor.decode(list(token_ids[:end])).rstrip("\ufffd") for end in range(len(token_ids) + 1)]
     # Decoders strip leading white space of the whole: the first piece then begins a word anyway.
     return [after[len(before) :] for before, after in itertools.pairwise(texts)]
 
