@@ -33,7 +33,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         if batch is None:
             if arguments.random_tokens:
                 rng = np.random.default_rng(0)
-                ids = rng.integers(0, encoder.config.decoder.vocab_size, (2, arguments.random_tokens))
+                ids = rng.integers(0, encoder.config.vocab_size, (2, arguments.random_tokens))
                 batch = encoders.EncoderBatch.from_tokens(ids)
             else:
                 batch = encoder.prepare([Prompt(text) for text in arguments.text or SENTENCES])

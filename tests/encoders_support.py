@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -11,7 +12,7 @@ import safetensors.torch
 import torch
 import transformers
 
-from unifusion_jax.encoders import LayerStates, train_tokenizer
+from unifusion_jax.encoders import EncoderBatch, LayerStates, train_tokenizer
 
 TEXTS = [
     "a red square left of a small blue circle on a white background",
@@ -222,6 +223,20 @@ def relative_error(ours: np.ndarray, theirs: np.ndarray, mask: np.ndarray) -> fl
         float(np.abs(ours[:, n] - theirs[:, n]).max() / np.sqrt(np.mean(theirs[:, n] ** 2)))
         for n in range(ours.shape[1])
     )
+
+
+def least_cosine(rough: Any, exact: np.ndarray, mask: np.ndarray) -> float:
+    """The least cosine between two states of one token and layer; states [B, S, N, H]."""
+    a, b = np.asarray(rough, np.float32)[mask], np.asarray(exact)[mask]
+    return float((np.sum(a * b, -1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)).min())
+
+
+def moved_left(batch: EncoderBatch) -> dict[str, np.ndarray]:
+    """The batch's rows with their padding moved to the left."""
+    shifts = batch.mask.shape[1] - batch.mask.sum(axis=1)
+    names = ("token_ids", "mask", "is_image", "keep")
+    rows = {name: zip(getattr(batch, name), shifts, strict=True) for name in names}
+    return {name: np.stack([np.roll(row, shift) for row, shift in pairs]) for name, pairs in rows.items()}
 
 
 def teacher_forced(encoder, rewrite, prompts, *, max_tiles: int | None = 4) -> LayerStates:

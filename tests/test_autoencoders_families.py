@@ -16,6 +16,9 @@ from flax import nnx, traverse_util
 from unifusion_jax import autoencoders
 from unifusion_jax.autoencoders import AutoencoderKLConfig, AutoencoderKLWanConfig, AutoencoderTinyConfig, families
 from unifusion_jax.autoencoders.wan import patchify, unpatchify
+from unifusion_jax.parallel.mesh import MeshConfig, make_mesh
+from unifusion_jax.training.config import TrainConfig
+from unifusion_jax.training.tasks.autoencoder import AutoencoderTask
 
 STATISTICS = {"latents_mean": [0.5, -0.25, 0.0, 1.0], "latents_std": [0.5, 2.0, 1.0, 3.0]}
 SMALL = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 2, 2], "num_res_blocks": 1, "temperal_downsample": [False, True]}
@@ -228,6 +231,12 @@ def test_tiny_has_no_statistics_of_its_own(tmp_path):
     build("mish").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="distilled from; measure that one"):
         autoencoders.load(tmp_path).with_latent_statistics([np.zeros((1, 8, 8, 3), np.float32)])
+
+
+def test_training_goes_on_from_an_autoencoder_kl_only(tmp_path):
+    build("mish").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"is no AutoencoderKL.*configuration is AutoencoderTinyConfig"):
+        AutoencoderTask(TrainConfig(task="autoencoder", init_from=str(tmp_path)), make_mesh(MeshConfig()))
 
 
 def test_statistics_of_wan_are_measured(tmp_path):

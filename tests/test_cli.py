@@ -13,6 +13,7 @@ import PIL.Image
 import pytest
 from test_training import logged
 
+from unifusion_jax.analysis import FIGURES
 from unifusion_jax.pipeline import UniFusion
 from unifusion_jax.train import run as run_training  # noqa: F401  (imported here so that a broken import fails once)
 
@@ -172,7 +173,39 @@ def test_export_of_nothing_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("module", ["train", "sample", "prepare", "export", "rewrite", "evaluate", "app"])
+def test_analyze_offers_every_figure():
+    done = call("analyze", "--help")
+    assert all(name in done.stdout for name in FIGURES)
+
+
+def test_analyze_writes_figures(trained, tmp_path):
+    names = ("pooling_weights", "layer_similarity")
+    flags = [f"--checkpoint={trained}", f"--output={tmp_path}", "--count=2", *(f"--figure={name}" for name in names)]
+    done = call("analyze", *flags)
+    assert done.returncode == 0, done.stderr
+    for name in names:
+        assert PIL.Image.open(tmp_path / f"{name}.png").width > 300
+        assert len((tmp_path / f"{name}.csv").read_text().splitlines()) > 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Give --figure (one of layer_similarity,"),
+        (["--figure=pooling_weights", "--study=runs"], "Give --figure"),
+        (["--figure=qk_norms", "--checkpoint=/no/such"], "No folder '/no/such'"),
+        (["--figure=qk_norms", "--count=0"], "count and steps must be 1 or more, got 0"),
+        (["--study=runs", "--seeds=1"], "at least 2 seeds"),
+    ],
+)
+def test_analyze_refuses_with_a_message_and_a_status(tmp_path, arguments, message):
+    done = call("analyze", f"--output={tmp_path / 'out'}", *arguments)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("module", ["train", "sample", "prepare", "export", "rewrite", "evaluate", "app", "analyze"])
 def test_help_teaches(module):
     done = call(module, "--help")
     assert f"python -m unifusion_jax.{module}" in done.stdout

@@ -12,6 +12,7 @@ import transformers
 from encoders_support import (
     OTHER_LANGUAGE_MODELS,
     assert_same_states,
+    least_cosine,
     photo,
     reference,
     reference_run,
@@ -40,6 +41,9 @@ from unifusion_jax.encoders.encoder import abstract_model
 from unifusion_jax.encoders.families import decoder_config, text_config
 from unifusion_jax.encoders.model import TextConfig
 from unifusion_jax.encoders.registry import FAMILIES
+from unifusion_jax.parallel.mesh import MeshConfig, make_mesh
+from unifusion_jax.training.config import TrainConfig
+from unifusion_jax.training.tasks.encoder import EncoderTask
 
 PROMPTS = [Prompt("a red square left of a blue circle"), Prompt("one"), Prompt("make it yellow", system="be brief")]
 PICTURES = [Prompt("make the ring yellow", [photo(1, 90, 40)]), Prompt("one", [photo(2, 32, 32), photo(3, 32, 32)])]
@@ -79,10 +83,8 @@ def test_every_layer_and_the_logits_equal_transformers(loaded, variant, left):
 def test_bfloat16_states_point_where_float32_ones_do(folders, variant):
     encoder, batch = encoders.load(folders[variant]), token_batch(left=False)
     assert {leaf.dtype for leaf in jax.tree.leaves(encoder.params)} == {jnp.dtype(jnp.bfloat16)}
-    ours = np.asarray(encoder.layer_states(batch, layers=every_layer(encoder)), np.float32)[batch.mask]
-    theirs = text_run(text_model(variant), batch)[0][batch.mask]
-    norms = np.linalg.norm(ours, axis=-1) * np.linalg.norm(theirs, axis=-1)
-    cosine = (np.sum(ours * theirs, axis=-1) / norms).min()
+    ours = encoder.layer_states(batch, layers=every_layer(encoder))
+    cosine = least_cosine(ours, text_run(text_model(variant), batch)[0], batch.mask)
     print(f"{variant}: least bfloat16 cosine of any token and layer {cosine:.5f}")
     assert cosine > 0.999
 
@@ -275,6 +277,8 @@ def test_clear_errors(folders, loaded, tmp_path):
         loaded["llama"].layer_states(dataclasses.replace(token_batch(left=False), pixels=pixels))
     with pytest.raises(ValueError, match="Only decoders of Qwen2's and Qwen3's form can be written"):
         text_config(loaded["gemma3"].config.decoder)
+    with pytest.raises(ValueError, match=r"is no InternVL model.*configuration is TextConfig"):
+        EncoderTask(TrainConfig(task="encoder", init_from=str(folders["qwen2"])), make_mesh(MeshConfig()))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
-from encoders_support import assert_same_states, photo, relative_error, teacher_forced
+from encoders_support import assert_same_states, least_cosine, moved_left, photo, relative_error, teacher_forced
 from flax import nnx
 from vision_support import (
     GEMMA_VARIANTS,
@@ -18,8 +18,6 @@ from vision_support import (
     gemma_reference,
     gemma_settings,
     hidden_states,
-    least_cosine,
-    moved_left,
     write_gemma,
 )
 

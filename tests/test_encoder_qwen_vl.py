@@ -9,14 +9,12 @@ import numpy as np
 import PIL.Image
 import pytest
 import transformers
-from encoders_support import assert_same_states, photo, relative_error, teacher_forced
+from encoders_support import assert_same_states, least_cosine, moved_left, photo, relative_error, teacher_forced
 from flax import nnx
 from vision_support import (
     PROMPTS,
     QWEN_VARIANTS,
     hidden_states,
-    least_cosine,
-    moved_left,
     qwen_inputs,
     qwen_reference,
     qwen_tokenizer,
@@ -87,6 +85,12 @@ def test_text_only_equals_transformers(loaded):
     assert batch.pixels is None and batch.grid is None
     theirs, _ = hidden_states(qwen_reference("wide"), qwen_inputs(batch, []))
     assert relative_error(states_of(loaded["wide"], batch), theirs, batch.mask) < 1e-4
+    # The same rows in a batch of fixed shapes that has room for tiles.
+    processor = loaded["wide"].processor
+    rows = [processor.prepare_row(Prompt("two green triangles")), processor.prepare_row(Prompt("one"))]
+    roomy = processor.collate(rows, max_tokens=60, row_tiles=18)
+    assert roomy.pixels.shape[1] == 18 and (roomy.grid == -1).all()
+    assert relative_error(states_of(loaded["wide"], roomy), theirs, batch.mask) < 1e-4
 
 
 def test_positions_equal_transformers(loaded, runs):

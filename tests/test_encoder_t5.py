@@ -8,13 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from encoders_support import TEXTS, photo, relative_error
+from encoders_support import TEXTS, least_cosine, photo, relative_error
 from flax import nnx
 from transformers.models.t5.modeling_t5 import T5Attention
 from vision_support import (
     T5_VARIANTS,
     hidden_states,
-    least_cosine,
     t5_reference,
     t5_tokenizer,
     write_t5,
@@ -24,6 +23,7 @@ from unifusion_jax import encoders
 from unifusion_jax.encoders import EncoderBatch, Prompt
 from unifusion_jax.encoders.encoder import abstract_model
 from unifusion_jax.encoders.t5 import T5Config, relative_buckets
+from unifusion_jax.verifi import SYSTEM_PROMPTS
 
 PROMPTS = [Prompt("a red square"), Prompt(TEXTS[1] + " and " + TEXTS[0]), Prompt("one"), Prompt("")]
 
@@ -144,8 +144,11 @@ def test_clear_errors(loaded, folders, tmp_path):
         encoder.rewrite([Prompt("a")], max_new_tokens=3)
     with pytest.raises(ValueError, match="has 1 images, but this encoder reads text only"):
         encoder.prepare([Prompt("a", [photo(0, 8, 8)])])
-    with pytest.raises(ValueError, match="T5 has no system turn, got the system message 'be brief'"):
+    with pytest.raises(
+        ValueError, match=r"T5 has no system turn, got the system message 'be brief'.*system_prompts=.none"
+    ):
         encoder.prepare([Prompt("a", system="be brief")])
+    encoder.prepare([Prompt("a", system=SYSTEM_PROMPTS["none"].of(task)) for task in ("text_to_image", "joint")])
     with pytest.raises(ValueError, match="2049 tokens a row"):
         encoder.export(EncoderBatch.from_tokens(np.zeros((1, 2049), int)))
     with pytest.raises(ValueError, match=r"numbers from 0 .* to 4 .* got \(5,\)"):

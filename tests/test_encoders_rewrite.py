@@ -18,8 +18,8 @@ from encoders_support import (
     write_reference,
 )
 
-from unifusion_jax import encoders
-from unifusion_jax.encoders import Encoder, InternVLConfig, Processor, Prompt, decoder, decoding
+from unifusion_jax import encoders, layers
+from unifusion_jax.encoders import Encoder, InternVLConfig, Processor, Prompt, decoding
 from unifusion_jax.encoders.lm_loss import next_token_loss
 
 PROMPTS = [
@@ -131,7 +131,7 @@ def test_layers_cut_before_the_loop_compute_what_a_scan_does(encoder, monkeypatc
     # Another number of tokens than in the other tests, so that both are traced here.
     both = [encoder.rewrite(PROMPTS, max_new_tokens=9, max_tiles=4)]
     jax.clear_caches()
-    monkeypatch.setattr(decoder, "_LARGEST_CUT_BYTES", 0)
+    monkeypatch.setattr(layers, "_LARGEST_CUT_BYTES", 0)
     both.append(encoder.rewrite(PROMPTS, max_new_tokens=9, max_tiles=4))
     jax.clear_caches()
     assert both[0].token_ids == both[1].token_ids

@@ -306,17 +306,3 @@ def hidden_states(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tu
         out = model(**inputs, output_hidden_states=True)
     logits = getattr(out, "logits", None)
     return torch.stack(out.hidden_states, dim=2).numpy(), None if logits is None else logits.numpy()
-
-
-def least_cosine(rough: Any, exact: np.ndarray, mask: np.ndarray) -> float:
-    """The least cosine between two states of one token and layer; states [B, S, N, H]."""
-    a, b = np.asarray(rough, np.float32)[mask], np.asarray(exact)[mask]
-    return float((np.sum(a * b, -1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)).min())
-
-
-def moved_left(batch: EncoderBatch) -> dict[str, np.ndarray]:
-    """The batch's rows with their padding moved to the left."""
-    shifts = batch.mask.shape[1] - batch.mask.sum(axis=1)
-    names = ("token_ids", "mask", "is_image", "keep")
-    rows = {name: zip(getattr(batch, name), shifts, strict=True) for name in names}
-    return {name: np.stack([np.roll(row, shift) for row, shift in pairs]) for name, pairs in rows.items()}

@@ -79,7 +79,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--pairs", default="seen,held_out", help="shape-colour pairs of the scenes (default seen,held_out)")
     add("--steps", type=int, default=30, help="solver steps (default 30)")
     add("--guidance", type=float, default=3.0, help="guidance scale (default 3)")
-    add("--text", choices=("verifi", "words", "truth"), default="verifi", help="what conditions (default verifi)")
+    add(
+        "--text",
+        choices=("trained", "verifi", "words", "truth"),
+        default="trained",
+        help="what conditions (default trained)",
+    )
     add("--mode", default=modes.AUTO, help="mode, as zero_shot_edit for shapes_edits (default auto)")
     add("--tiles", type=int, help="most tiles of a reference picture")
     add("--batch_size", type=int, default=64, help="pictures at a time (default 64)")

@@ -11,17 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 
-from unifusion_jax import autoencoders, encoders, exported, modes, sampler, weights
+from unifusion_jax import exported, modes, sampler, weights
 from unifusion_jax.autoencoders import Autoencoder
 from unifusion_jax.config import from_mapping
 from unifusion_jax.encoders import Encoder
 from unifusion_jax.encoders.batch import LayerStates
 from unifusion_jax.flow import SamplingConfig
+from unifusion_jax.frozen import check_fit, load_frozen, model_config_of
 from unifusion_jax.images import to_pil
-from unifusion_jax.model import ModelConfig
+from unifusion_jax.model import ModelConfig, UniFusionModel
 from unifusion_jax.prompt import Prompt
 from unifusion_jax.training.checkpoints import Checkpoints
 from unifusion_jax.training.config import TrainConfig
+from unifusion_jax.training.phases import config_at
 from unifusion_jax.training.rng import stream_key
 from unifusion_jax.verifi import SYSTEM_PROMPTS
 
@@ -100,9 +102,10 @@ class UniFusion:
         folder = weights.resolve(BUNDLED_CHECKPOINT if checkpoint is None else checkpoint)
         if (folder / "checkpoints").is_dir():
             config = from_mapping(TrainConfig, weights.read_json(folder / "config.json"), f"{folder}/config.json")
-            encoder, autoencoder = load_frozen(config)
-            model_config = model_config_of(config, encoder)
             checkpoints = Checkpoints(folder)
+            config = config_at(config, checkpoints.latest_step() or 0)
+            encoder, autoencoder = load_frozen(config)
+            model_config = model_config_of(config, encoder.config)
             params = checkpoints.restore_inference(exported.abstract_params(model_config))
             checkpoints.close()
         else:
@@ -117,6 +120,10 @@ class UniFusion:
         other.__dict__ = self.__dict__ | {"params": params}
         return other
 
+    def module(self) -> UniFusionModel:
+        """Returns the trained stack as a module, to look into."""
+        return sampler.module(self.model_config, self.params)
+
     @property
     def multiple_of_px(self) -> int:
         """Sides of generated pictures are multiples of this."""
@@ -127,7 +134,7 @@ class UniFusion:
         prompts: Sequence[Prompt | str],
         *,
         mode: str = modes.AUTO,
-        rewrite: bool = True,
+        rewrite: bool | None = None,
         system_prompt: str | None = None,
         tiles: int | None = None,
         max_new_tokens: int | None = None,
@@ -143,7 +150,7 @@ class UniFusion:
         Args:
           prompts: a str is short for `Prompt(str)`.
           mode: one of `modes.MODES`; "auto" takes what a prompt's pictures say.
-          rewrite: as above.
+          rewrite: as above; None does as the model was trained (`encoder.verifi`).
           system_prompt: replaces the task's system message.
           tiles: most tiles that a reference picture is cut into, its thumbnail included (the paper: 1, 5 or 10). By default
             the mode's, or what the checkpoint was trained with.
@@ -161,6 +168,7 @@ class UniFusion:
         given = [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
         if not given:
             raise ValueError("No prompts were given.")
+        rewrite = self.config.encoder.verifi if rewrite is None else rewrite
         names = [modes.mode_of(prompt) if chosen is None else mode for prompt in given]
         for name, prompt in zip(names, given, strict=True):
             modes.check(name, prompt)
@@ -209,7 +217,7 @@ class UniFusion:
         steps: int = 30,
         guidance: float = 3.0,
         size: int | tuple[int, int] | None = None,
-        rewrite: bool = True,
+        rewrite: bool | None = None,
         system_prompt: str | None = None,
         mode: str = modes.AUTO,
         tiles: int | None = None,
@@ -226,7 +234,8 @@ class UniFusion:
           steps: solver steps.
           guidance: classifier-free guidance scale; 1 is off.
           size: side in px, or (width, height); the training size when None.
-          rewrite: the encoder describes the picture first (VERIFI); False conditions on the user's own words.
+          rewrite: the encoder describes the picture first (VERIFI); False conditions on the user's own words; None does as
+            the model was trained.
           system_prompt: replaces the task's system message.
           mode: one of `modes.MODES`; "auto" takes what a prompt's pictures say.
           tiles: most tiles of a reference picture, see `condition`.
@@ -312,20 +321,6 @@ class UniFusion:
         return width, height
 
 
-def load_frozen(config: TrainConfig, mesh: Any = None) -> tuple[Encoder, Autoencoder]:
-    """Loads the encoder and the autoencoder that a config names."""
-    chosen = config.encoder
-    encoder = encoders.load(
-        chosen.path, layers=chosen.layers or None, dtype=chosen.dtype, mesh=mesh, quantize=chosen.quantize
-    )
-    return encoder, autoencoders.load(config.autoencoder.path, dtype=config.autoencoder.dtype, mesh=mesh)
-
-
-def model_config_of(config: TrainConfig, encoder: Encoder) -> ModelConfig:
-    """Returns the sizes that a training config implies for this encoder."""
-    return ModelConfig(len(encoder.layers), encoder.config.hidden_size, config.conditioning, config.dit)
-
-
 def _longest(states: LayerStates) -> int:
     """Returns the largest number of tokens of a row; a row's tokens stand at its beginning."""
     return int(np.asarray(states.mask).sum(axis=1).max())
@@ -341,19 +336,3 @@ def _noise_keys(seed: int | Sequence[int], count: int) -> Any:
 def _longest_target(config: TrainConfig) -> int:
     budget = config.data.budgets.get("text_to_image")
     return int(budget["max_kept_tokens"]) if budget else 256
-
-
-def check_fit(encoder: Encoder, autoencoder: Autoencoder, model: ModelConfig) -> None:
-    """Raises ValueError naming the dimension in which frozen and trained parts disagree."""
-    pairs = (
-        ("exported layers (encoder.layers)", len(encoder.layers), model.num_layers),
-        ("encoder width (encoder.path)", encoder.config.hidden_size, model.encoder_size),
-        (
-            "latent channels (autoencoder.path, dit.latent_channels)",
-            autoencoder.latent_channels,
-            model.dit.latent_channels,
-        ),
-    )
-    for name, got, expected in pairs:
-        if got != expected:
-            raise ValueError(f"The frozen networks do not fit the model: {name} is {got}, the model takes {expected}.")

@@ -44,7 +44,7 @@ class Request:
     images: Sequence[PIL.Image.Image] = ()
     mode: str = modes.AUTO
     target: str | None = None
-    rewrite: bool = True
+    rewrite: bool | None = None
     system_prompt: str | None = None
     tiles: int | None = None
     max_new_tokens: int | None = None

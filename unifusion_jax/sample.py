@@ -36,7 +36,9 @@ _FIELDS = (
         "auto, text_to_image, edit, compose, joint, variation, reconstruct or zero_shot_edit; auto goes by the pictures.",
     ),
     flags.DEFINE_string("target", None, "Description to condition on, in place of the encoder's own."),
-    flags.DEFINE_bool("rewrite", True, "Let the encoder describe the picture first (VERIFI)."),
+    flags.DEFINE_bool(
+        "rewrite", None, "Let the encoder describe the picture first (VERIFI); as the model was trained if not given."
+    ),
     flags.DEFINE_string("system_prompt", None, "System message in place of the task's own."),
     flags.DEFINE_integer("tiles", None, "Most tiles that a reference picture is cut into, as 1, 5 or 10."),
     flags.DEFINE_integer("max_new_tokens", None, "Longest description, in tokens."),

@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from unifusion_jax import weights
+from unifusion_jax.dit import Condition
 from unifusion_jax.encoders.batch import LayerStates
 from unifusion_jax.flow import SamplingConfig, guided, integrate, is_first
 from unifusion_jax.model import ModelConfig, UniFusionModel
@@ -56,6 +57,11 @@ def _graphdef(config: ModelConfig) -> Any:
     return nnx.graphdef(nnx.eval_shape(lambda: UniFusionModel(config, rngs=nnx.Rngs(0))))
 
 
+def module(config: ModelConfig, params: weights.Params) -> UniFusionModel:
+    """Returns the trained stack around these parameters, for compiled code or to look into."""
+    return nnx.merge(_graphdef(config), params)
+
+
 @functools.partial(jax.jit, static_argnames=("model", "cells"))
 def begin(
     params: weights.Params,
@@ -64,7 +70,7 @@ def begin(
     *,
     model: ModelConfig,
     cells: tuple[int, int],
-) -> tuple[Float[Array, "B h w c"], tuple[Any, ...]]:
+) -> tuple[Float[Array, "B h w c"], tuple[Condition, ...]]:
     """Returns the initial noise and the condition of every picture.
 
     Args:
@@ -75,10 +81,10 @@ def begin(
       model: sizes of the stack.
       cells: height and width of the latents.
     """
-    module: UniFusionModel = nnx.merge(_graphdef(model), params)
+    stack = module(model, params)
     conditions = []
     for each in states:
-        condition = module.condition(jnp.asarray(each.states, jnp.float32), jnp.asarray(each.mask))
+        condition = stack.condition(jnp.asarray(each.states, jnp.float32), jnp.asarray(each.mask))
         repeats = keys.shape[0] // each.mask.shape[0]
         conditions.append(jax.tree.map(lambda leaf, repeats=repeats: jnp.repeat(leaf, repeats, axis=0), condition))
     shape = (*cells, model.dit.latent_channels)
@@ -89,7 +95,7 @@ def begin(
 def denoise(
     params: weights.Params,
     latents: Float[Array, "B h w c"],
-    conditions: tuple[Any, ...],
+    conditions: tuple[Condition, ...],
     sampling: SamplingConfig,
     start: int | Int[Array, ""],
     stop: int | Int[Array, ""],
@@ -97,18 +103,17 @@ def denoise(
     model: ModelConfig,
 ) -> Float[Array, "B h w c"]:
     """Runs the solver from step `start` to before step `stop`; see `begin` for the rest."""
-    module: UniFusionModel = nnx.merge(_graphdef(model), params)
-    # The null condition is one token. Padded to the length of the others it would be the same, and slower.
-    null = module.null_condition(latents.shape[0], 1)
+    stack = module(model, params)
+    null = stack.null_condition(conditions[0].short())
 
     def conditional(x: Float[Array, "B h w c"], t: Float[Array, " B"]) -> Float[Array, "B h w c"]:
         condition = conditions[0]
         if len(conditions) > 1:
             first = is_first(t, sampling)
             condition = jax.tree.map(lambda one, other: jnp.where(first, one, other), *conditions)
-        return module.velocity(x, t, *condition)
+        return stack.velocity(x, t, condition)
 
     def unconditional(x: Float[Array, "B h w c"], t: Float[Array, " B"]) -> Float[Array, "B h w c"]:
-        return module.velocity(x, t, *null)
+        return stack.velocity(x, t, null)
 
     return integrate(guided(conditional, unconditional, sampling), latents, sampling, start=start, stop=stop)

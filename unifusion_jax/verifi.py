@@ -42,10 +42,14 @@ def task_of(num_images: int) -> str:
     return ("text_to_image", "edit")[num_images] if num_images < 2 else "multi_reference"
 
 
-def prompt_of(record: Record, prompts: SystemPrompts) -> Prompt:
-    """Returns the prompt of a training record, its stored target as the encoder's answer (teacher-forced)."""
+def prompt_of(record: Record, prompts: SystemPrompts, *, verifi: bool = True) -> Prompt:
+    """Returns the prompt of a training record: its stored target as the encoder's answer (teacher-forced).
+
+    Without `verifi` the user's own words condition, and no target; image tokens alone stay what they are.
+    """
     images = [PIL.Image.fromarray(to_pixels(image)) for image in record.images]
-    return Prompt(record.prompt, images, target=record.target, system=prompts.of(record.task))
+    target = None if record.target and not verifi else record.target
+    return Prompt(record.prompt, images, target=target, system=prompts.of(record.task))
 
 
 _DETAIL = (
@@ -85,5 +89,7 @@ SYSTEM_PROMPTS: Mapping[str, SystemPrompts] = MappingProxyType(
             multi_reference="Describe the combined picture.",
             reconstruction="Describe the picture.",
         ),
+        # For encoders without a system turn, such as T5.
+        "none": SystemPrompts(text_to_image="", joint="", edit="", multi_reference="", reconstruction=""),
     }
 )

@@ -228,7 +228,9 @@ def _settings(model: UniFusion, limits: Limits) -> dict[str, Any]:
             label=f"Size, width x height in px (multiples of {model.multiple_of_px})",
             elem_id="size",
         )
-        made["rewrite"] = gr.Checkbox(True, label="Let the encoder describe the picture first (VERIFI)")
+        made["rewrite"] = gr.Checkbox(
+            model.config.encoder.verifi, label="Let the encoder describe the picture first (VERIFI)"
+        )
         made["system_prompt"] = gr.Textbox(
             label="System prompt", placeholder="the task's own", max_length=limits.prompt_characters
         )

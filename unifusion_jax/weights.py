@@ -256,8 +256,9 @@ def load(
     """
     wanted: dict[str, Any] = dict(traverse_util.flatten_dict(abstract, sep="."))
     placed: dict[str, Any] = dict(traverse_util.flatten_dict(shardings, sep=".")) if shardings else {}
+    names = source.names() if isinstance(source, SafetensorsFolder) else source
     read = source.read if isinstance(source, SafetensorsFolder) else lambda name: np.asarray(source[name])
-    parts, problems = _assign(list(_names(source)), rules, rename, set(wanted))
+    parts, problems = _assign(names, rules, rename, set(wanted))
     problems += [f"missing: {target}" for target in sorted(wanted) if target not in parts]
     problems += _check(wanted, parts, read)
     if problems:
@@ -281,10 +282,6 @@ def load(
     return traverse_util.unflatten_dict(filled, sep=".")
 
 
-def _names(source: SafetensorsFolder | Mapping[str, np.ndarray]) -> Iterable[str]:
-    return source.names() if isinstance(source, SafetensorsFolder) else source
-
-
 def _reader(read: Callable[[str], np.ndarray], name: str, transform: Transform) -> Callable[[], np.ndarray]:
     return lambda: transform.forward(read(name))
 
@@ -293,7 +290,7 @@ _Piece = tuple[int | None, str, Transform]
 
 
 def _assign(
-    names: list[str], rules: Sequence[Rule], rename: Rename | None, wanted: set[str]
+    names: Iterable[str], rules: Sequence[Rule], rename: Rename | None, wanted: set[str]
 ) -> tuple[dict[str, list[_Piece]], list[str]]:
     """Matches names to rules: parameter path -> [(layer or None, tensor name, transform)], and the unexpected names."""
     exact = collections.defaultdict(list)

@@ -9,6 +9,7 @@ Example:
 
 from unifusion_jax.autoencoders.autoencoder import Autoencoder as Autoencoder
 from unifusion_jax.autoencoders.autoencoder import load as load
+from unifusion_jax.autoencoders.autoencoder import read_config as read_config
 from unifusion_jax.autoencoders.config import AutoencoderKLConfig as AutoencoderKLConfig
 from unifusion_jax.autoencoders.kl import AutoencoderKL as AutoencoderKL
 from unifusion_jax.autoencoders.loss import LossWeights as LossWeights

@@ -177,6 +177,12 @@ class Autoencoder:
         _check_array("latents", latents, self.latent_channels)
 
 
+def read_config(path: str | os.PathLike[str], *, pack: int | None = None) -> LatentConfig:
+    """Reads an autoencoder's sizes from its `config.json`, without its weights; see `load`."""
+    folder = weights.resolve(path, subfolder="vae")
+    return config_of(weights.read_json(folder / CONFIG_FILE), pack=pack)
+
+
 def load(
     path: str | os.PathLike[str], *, dtype: Any = "float32", mesh: Mesh | None = None, pack: int | None = None
 ) -> Autoencoder:
@@ -195,10 +201,8 @@ def load(
       FileNotFoundError: where the folder, config.json or the weights are missing.
       ValueError: for an unsupported class, and for weights that are truncated or do not fit config.json.
     """
-    folder = weights.resolve(path)
-    if not (folder / CONFIG_FILE).exists() and (folder / "vae" / CONFIG_FILE).exists():
-        folder = folder / "vae"
-    config = config_of(weights.read_json(folder / CONFIG_FILE), pack=pack)
+    folder = weights.resolve(path, subfolder="vae")
+    config = read_config(folder, pack=pack)
     family = family_of(config)
     dtype = jnp.dtype(dtype)
     abstract = nnx.to_pure_dict(nnx.state(_abstract_module(config, dtype)))

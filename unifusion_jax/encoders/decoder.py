@@ -7,7 +7,7 @@ are held.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,6 @@ from unifusion_jax import layers as nn
 from unifusion_jax.encoders.batch import AnyArray, pytree
 from unifusion_jax.encoders.decoder_config import ACTIVATIONS, DecoderConfig
 from unifusion_jax.parallel.attention import attention
-
-_LARGEST_CUT_BYTES = 4 << 30
 
 __all__ = ["Decoder", "DecoderConfig", "KVCache", "Positions", "token_positions"]
 
@@ -204,6 +202,14 @@ class Block(nnx.Module):
         mixed = self.attention.mix(query, keys[layer], values[layer], context, sliding)
         return self._finish(x, mixed), KVCache(keys, values, cache.mask)
 
+    def key_values(self, x: Float[Array, "*batch H"]) -> Float[Array, "*batch F"]:
+        """Returns the keys, not rotated, and the values that this block makes of what enters it, F = 2 G E."""
+        normed = self.attention_norm(x)
+        key, value = self.attention.k(normed), self.attention.v(normed)
+        if self.config.qk_norm:
+            key = self.attention.k_norm(key.reshape(*x.shape[:-1], -1, self.config.head_dim)).reshape(key.shape)
+        return jnp.concatenate([key, value], axis=-1)
+
     def _finish(self, x: jax.Array, mixed: jax.Array) -> jax.Array:
         if not self.config.post_norms:
             x = x + mixed
@@ -293,7 +299,7 @@ class Decoder(nnx.Module):
         Serves the prefill (all prompt tokens, slot 0; only there `images` may be given, see `states`) and each decoding
         step (one token).
 
-        `blocks`, where given, are those of `cut_layers`, and run one after the other instead of by a scan.
+        `blocks`, where given, are those of `layers.cut`, and run one after the other instead of by a scan.
 
         Returns:
           The residual stream after the last block, the states of `layers`, and the cache with the new keys and values.
@@ -328,18 +334,13 @@ class Decoder(nnx.Module):
         x, buffer, cache = carry
         return x, jnp.moveaxis(buffer[:-1], 0, 2), cache
 
-    def cut_layers(self) -> list[Block] | None:
-        """Returns the blocks one by one, for a loop around `cached_states`, where that is worth a copy of their weights.
+    def final_norm(self, states: Float[Array, "*batch H"]) -> Float[Array, "*batch H"]:
+        """Returns states as the output head reads them."""
+        return self.norm(states)
 
-        On a CPU, a scan copies each layer's weights out of the stack before it multiplies by them, which for one token costs
-        more than the product. Cut before the loop they are copied once. Large models have no room for that, and on
-        accelerators the copy is part of the product.
-        """
-        leaves = jax.tree.leaves(nnx.state(self.layers.blocks, nnx.Param))
-        size_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-        if jax.default_backend() != "cpu" or size_bytes > _LARGEST_CUT_BYTES:
-            return None
-        return cast(list[Block], self.layers.cut())
+    def key_values(self, states: Float[Array, "B C N H"], layers: Sequence[int]) -> Float[Array, "B C N F"]:
+        """Returns keys and values of `layers` from the states of the layers before them; see `Block.key_values`."""
+        return layer_key_values(self.layers, states, layers)
 
     def empty_cache(self, mask: Bool[Array, "B K"], dtype: Any) -> KVCache:
         """Returns a cache of zeros with room for the K slots of `mask`."""
@@ -361,6 +362,15 @@ class Decoder(nnx.Module):
             turns = positions[:, :, None, None].astype(jnp.float32)
         plain, sliding = (turns * self.config.rope_frequencies(sliding=kind) for kind in (False, True))
         return (jnp.cos(plain), jnp.sin(plain)), (jnp.cos(sliding), jnp.sin(sliding))
+
+
+def layer_key_values(
+    blocks: nn.Stack, states: Float[Array, "B C N H"], layers: Sequence[int]
+) -> Float[Array, "B C N F"]:
+    """Applies `key_values` of the blocks that make `layers` to what enters each of them."""
+    numbers = [layer - 1 for layer in layers]
+    found = blocks.chosen(numbers, lambda block, x: block.key_values(x), jnp.moveaxis(states, 2, 0))
+    return jnp.moveaxis(found, 0, 2)
 
 
 def gather_kept(x: Float[Array, "B S H"], keep_index: Int[Array, "B C"] | None) -> Float[Array, "B C H"]:

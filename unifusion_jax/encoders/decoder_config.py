@@ -130,6 +130,11 @@ class DecoderConfig:
             )
 
     @property
+    def key_value_shape(self) -> tuple[int, int]:
+        """Key-value heads G and their width E."""
+        return self.num_kv_heads, self.head_dim
+
+    @property
     def slides(self) -> bool:
         """Whether any layer has a sliding window."""
         return any(self.sliding_layers)

@@ -124,7 +124,7 @@ def decode(
     image_index, image_mask = compact_index(jnp.asarray(batch.is_image) & mask, image_tokens)
     logits, image_states, cache = _prefill(model, batch, positions, image_index, layers, max_new_tokens)
 
-    blocks = decoder.cut_layers()
+    blocks = decoder.layers.cut()
 
     def draw(logits: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
         token = sample_tokens(logits, drawing, step)

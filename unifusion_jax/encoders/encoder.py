@@ -18,6 +18,7 @@ from unifusion_jax import weights
 from unifusion_jax.encoders import decoding, folder, registry
 from unifusion_jax.encoders.batch import EncoderBatch, LayerStates
 from unifusion_jax.encoders.decoder_config import check_layers
+from unifusion_jax.encoders.forms import Form, exported_size, formed, sources
 from unifusion_jax.encoders.internvl import InternVLConfig
 from unifusion_jax.encoders.lm_loss import next_token_loss
 from unifusion_jax.encoders.processor import Processor
@@ -59,6 +60,8 @@ class Encoder:
       config: sizes of the model.
       params: pure nested dict of arrays.
       layers: the layers that `export` and `rewrite` give, in order.
+      form: what they give of these layers. "states": the residual stream. "final_norm": the same after the model's final
+        norm. "key_values": the attention's keys of all key-value heads, before the rotation, then its values.
     """
 
     def __init__(
@@ -68,13 +71,22 @@ class Encoder:
         processor: Processor | Callable[[], Processor],
         *,
         layers: Sequence[int] | None = None,
+        form: Form = "states",
         mesh: Mesh | None = None,
     ):
         self.config = config
         self.params = params
         self.layers = check_layers(default_layers(config.num_layers) if layers is None else layers, config.num_layers)
+        self.form: Form = form
+        if form == "key_values" and 0 in self.layers:
+            raise ValueError(f"Layer 0, the embeddings, has no keys and values; got layers {self.layers}.")
         self._processor = processor
         self._mesh = mesh
+
+    @property
+    def exported_size(self) -> int:
+        """Length of what is exported of one layer of one token."""
+        return exported_size(self.config, self.form)
 
     @classmethod
     def create(
@@ -123,7 +135,7 @@ class Encoder:
 
     def with_params(self, params: weights.Params) -> "Encoder":
         """Returns this encoder with other parameters of the same shapes."""
-        return Encoder(self.config, params, self._processor, layers=self.layers, mesh=self._mesh)
+        return Encoder(self.config, params, self._processor, layers=self.layers, form=self.form, mesh=self._mesh)
 
     def module(self, params: weights.Params) -> Any:
         """Rebuilds the network around a parameter tree; works under jit and grad."""
@@ -164,16 +176,14 @@ class Encoder:
             raise ValueError(
                 f"A row keeps {needed} tokens, room is for max_kept={max_kept}. Raise it or lower max_tiles."
             )
-        return _export_jit(
-            self.params, self._placed(batch), config=self.config, layers=self.layers, max_kept=max_kept or needed
-        )
+        return _export_jit(self.params, self._placed(batch), **self._what, max_kept=max_kept or needed)
 
     def export_fn(self, params: weights.Params, batch: EncoderBatch, max_kept: int) -> LayerStates:
         """The pure function behind `export`, for use inside other jitted functions.
 
         `max_kept` is static and not checked: tokens beyond it are dropped. Check `EncoderBatch.max_kept` on the host.
         """
-        return _export(params, batch, config=self.config, layers=self.layers, max_kept=max_kept)
+        return _export(params, batch, **self._what, max_kept=max_kept)
 
     def loss_fn(
         self, params: weights.Params, batch: EncoderBatch, *, remat: Any = None
@@ -234,8 +244,7 @@ class Encoder:
                 jnp.stack([jax.random.key(value) for value in seeds]), jnp.float32(temperature), jnp.float32(top_p)
             ),
             np.asarray(processor.stop_ids, np.int32),
-            config=self.config,
-            layers=self.layers,
+            **self._what,
             image_tokens=int(batch.is_image.sum(axis=1).max()),
             max_new_tokens=max_new_tokens,
         )
@@ -258,6 +267,10 @@ class Encoder:
         if not isinstance(self.config, InternVLConfig):
             raise ValueError("Only InternVL models can be written; other published encoders are read only.")
         folder.write(Path(path), self.config, self.params, self.processor)
+
+    @property
+    def _what(self) -> dict[str, Any]:
+        return {"config": self.config, "layers": self.layers, "form": self.form}
 
     def _prompt_tokens(self, rows: Sequence[Any], max_new_tokens: int) -> int:
         longest = max(len(row.token_ids) for row in rows)
@@ -303,22 +316,27 @@ def _layer_states(params: weights.Params, batch: EncoderBatch, *, config: Any, l
 
 
 def _export(
-    params: weights.Params, batch: EncoderBatch, *, config: Any, layers: tuple[int, ...], max_kept: int
+    params: weights.Params, batch: EncoderBatch, *, config: Any, layers: tuple[int, ...], form: Form, max_kept: int
 ) -> LayerStates:
     model = _rebuild(config, params)
     mask, is_image = jnp.asarray(batch.mask), jnp.asarray(batch.is_image)
     index, exists = decoding.compact_index(jnp.asarray(batch.keep) & mask, max_kept)
-    states = model.states(batch, layers, keep_index=index)
+    states = model.states(batch, sources(layers, form), keep_index=index)
     states = jnp.where(exists[:, :, None, None], states, 0)
-    return LayerStates(states, exists, jnp.take_along_axis(is_image, index, axis=1) & exists)
+    kept = LayerStates(states, exists, jnp.take_along_axis(is_image, index, axis=1) & exists)
+    return formed(model, kept, layers, form)
 
 
-_export_jit = jax.jit(_export, static_argnames=("config", "layers", "max_kept"))
+_export_jit = jax.jit(_export, static_argnames=("config", "layers", "form", "max_kept"))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "layers", "image_tokens", "max_new_tokens"))
-def _decode(params: weights.Params, *arguments: Any, config: Any, **options: Any) -> decoding.Decoded:
-    return decoding.decode(_rebuild(config, params), *arguments, **options)
+@functools.partial(jax.jit, static_argnames=("config", "layers", "form", "image_tokens", "max_new_tokens"))
+def _decode(
+    params: weights.Params, *arguments: Any, config: Any, layers: tuple[int, ...], form: Form, **options: Any
+) -> decoding.Decoded:
+    model = _rebuild(config, params)
+    decoded = decoding.decode(model, *arguments, layers=sources(layers, form), **options)
+    return dataclasses.replace(decoded, states=formed(model, decoded.states, layers, form))
 
 
 def abstract_model(config: Any, dtype: str) -> Any:
@@ -326,10 +344,17 @@ def abstract_model(config: Any, dtype: str) -> Any:
     return nnx.eval_shape(lambda: config.build(param_dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
 
 
+def read_config(path: str | os.PathLike[str]) -> Any:
+    """Reads an encoder's sizes from its `config.json`, without its weights; see `load` for the errors."""
+    raw = weights.read_json(weights.resolve(path) / "config.json")
+    return registry.find(raw).read_config(raw)
+
+
 def load(
     path: str | os.PathLike[str],
     *,
     layers: Sequence[int] | None = None,
+    form: Form = "states",
     dtype: str = "bfloat16",
     mesh: Mesh | None = None,
     quantize: Literal["none", "int8"] = "none",
@@ -339,6 +364,7 @@ def load(
     Args:
       path: local folder or hub id, in any published layout; `docs/encoders.md` lists families and layouts.
       layers: exported layers, 0 (embeddings) .. number of blocks; every third from 1 when None.
+      form: what is exported of them, see `Encoder`.
       dtype: of parameters and states.
       mesh: devices to spread the parameters over; the default device when None.
       quantize: "int8" keeps the matrices of all linear maps as 8-bit integers with a scale per output channel; embeddings,
@@ -370,6 +396,5 @@ def load(
         shardings=param_shardings(model, mesh) if mesh is not None else None,
         finish=quantizer(model, quantize),
     )
-    return Encoder(
-        config, params, functools.partial(family.read_processor, root, raw, config), layers=layers, mesh=mesh
-    )
+    processor = functools.partial(family.read_processor, root, raw, config)
+    return Encoder(config, params, processor, layers=layers, form=form, mesh=mesh)

@@ -2,8 +2,6 @@
 
 import re
 
-import numpy as np
-
 from unifusion_jax.encoders.families import decoder_rules, meta_rules
 from unifusion_jax.encoders.internvl import InternVLConfig
 from unifusion_jax.weights import CONV, IDENTITY, LINEAR, Rule, Transform
@@ -49,12 +47,8 @@ def _projector_rules() -> list[Rule]:
 
 
 def third(index: int, of: Transform) -> Transform:
-    """Takes the q, k or v rows of the original layout's fused map. Only for reading: a third does not make a whole."""
-
-    def refuse(_: np.ndarray) -> np.ndarray:
-        raise ValueError("The fused qkv tensor of the original layout is only read, never written.")
-
-    return Transform(lambda x: of.forward(x.reshape(3, -1, *x.shape[1:])[index]), refuse)
+    """Takes the q, k or v rows of a fused map. Only for reading: a third does not make a whole."""
+    return Transform(lambda x: of.forward(x.reshape(3, -1, *x.shape[1:])[index]), None)
 
 
 def _fused_rules() -> list[Rule]:

@@ -48,6 +48,11 @@ class DecoderSizes:
         """Longest sequence in tokens."""
         return self.decoder.max_positions
 
+    @property
+    def key_value_shape(self) -> tuple[int, int]:
+        """Key-value heads G and their width E."""
+        return self.decoder.key_value_shape
+
 
 class LanguageModel(nnx.Module):
     """A causal decoder and what turns a batch into its input; text-only as it stands."""
@@ -105,6 +110,14 @@ class LanguageModel(nnx.Module):
             keep_index=keep_index,
             remat=remat,
         )
+
+    def final_norm(self, states: Float[Array, "*batch H"]) -> Float[Array, "*batch H"]:
+        """Returns states after the final norm."""
+        return self.decoder.final_norm(states)
+
+    def key_values(self, states: Float[Array, "B C N H"], layers: Sequence[int]) -> Float[Array, "B C N F"]:
+        """Returns keys, not rotated, and values of `layers` from the states of the layers before them, F = 2 G E."""
+        return self.decoder.key_values(states, layers)
 
 
 @dataclasses.dataclass(frozen=True)

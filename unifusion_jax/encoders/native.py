@@ -41,6 +41,8 @@ class NativeConfig:
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
 
+    has_grid = True
+
     def __post_init__(self):
         if self.tile_px < 1 or self.window_tiles < 1:
             raise ValueError(f"tile_px and window_tiles must be positive, got {self.tile_px} and {self.window_tiles}.")

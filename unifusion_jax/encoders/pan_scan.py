@@ -37,6 +37,8 @@ class PanScanConfig:
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
+    has_grid = False
+
     def __post_init__(self):
         if self.tile_px < 1:
             raise ValueError(f"tile_px must be positive, got {self.tile_px}.")

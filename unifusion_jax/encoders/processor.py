@@ -37,6 +37,11 @@ class Tiling(Protocol):
         """Side of a tile."""
         ...
 
+    @property
+    def has_grid(self) -> bool:
+        """Whether its cuts tell the place of each tile."""
+        ...
+
     def with_max_tiles(self, max_tiles: int | None) -> Any:
         """Returns the same rule with another bound on the tiles of an image; None changes nothing."""
         ...
@@ -150,7 +155,7 @@ class Processor:
             for place, row in zip(pixels, rows, strict=True):
                 if row.pixels is not None:
                     place[: len(row.pixels)] = row.pixels
-            if any(row.grid is not None for row in rows):
+            if self.tiling.has_grid:
                 grid = _pad([_NO_GRID if row.grid is None else row.grid for row in rows], tiles, -1)
         return EncoderBatch(
             token_ids=_pad([row.token_ids for row in rows], length, self.pad_id),

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from unifusion_jax import layers as nn
 from unifusion_jax.encoders.batch import EncoderBatch
-from unifusion_jax.encoders.decoder import Embedding, export_slots, gather_kept
+from unifusion_jax.encoders.decoder import Embedding, export_slots, gather_kept, layer_key_values
 from unifusion_jax.encoders.decoder_config import ACTIVATIONS, check_layers
 from unifusion_jax.parallel.attention import attention
 
@@ -101,6 +101,11 @@ class T5Config:
             activation=_GATES[gate],
         )
 
+    @property
+    def key_value_shape(self) -> tuple[int, int]:
+        """Key-value heads G and their width E."""
+        return self.num_heads, self.head_dim
+
     def build(self, *, param_dtype: Any = jnp.float32, rngs: nnx.Rngs) -> "T5":
         """Makes the network with random parameters."""
         return T5(self, param_dtype=param_dtype, rngs=rngs)
@@ -151,6 +156,11 @@ class Block(nnx.Module):
         x = x + self.o(mixed.reshape(*x.shape[:2], -1))
         return x + self.ffn(self.ffn_norm(x))
 
+    def key_values(self, x: Float[Array, "*batch H"]) -> Float[Array, "*batch F"]:
+        """Returns the keys and the values that this block makes of what enters it, F = 2 A E."""
+        normed = self.attention_norm(x)
+        return jnp.concatenate([self.k(normed), self.v(normed)], axis=-1)
+
 
 class T5(nnx.Module):
     """Embedding table, blocks that share one table of position biases, and the final norm."""
@@ -197,3 +207,11 @@ class T5(nnx.Module):
         if depth:
             (_, buffer), _ = self.layers.scan(apply, (embeddings, buffer), slots[:depth], length=depth, remat=remat)
         return jnp.moveaxis(buffer[:-1], 0, 2)
+
+    def final_norm(self, states: Float[Array, "*batch H"]) -> Float[Array, "*batch H"]:
+        """Returns states after the final norm."""
+        return self.norm(states)
+
+    def key_values(self, states: Float[Array, "B C N H"], layers: Sequence[int]) -> Float[Array, "B C N F"]:
+        """Returns keys and values of `layers` from the states of the layers before them, F = 2 A E."""
+        return layer_key_values(self.layers, states, layers)

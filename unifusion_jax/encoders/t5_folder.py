@@ -26,7 +26,10 @@ class T5Template(Template):
           ValueError: there is a system message.
         """
         if system:
-            raise ValueError(f"T5 has no system turn, got the system message {system!r}. Leave it out.")
+            raise ValueError(
+                f"T5 has no system turn, got the system message {system!r}. Leave it out; in a training config by "
+                'encoder.system_prompts="none".'
+            )
         if target:
             yield Words(target, keep=True, target=True)  # the closing token follows every target
         else:

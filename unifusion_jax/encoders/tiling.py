@@ -52,6 +52,8 @@ class TilingConfig:
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
 
+    has_grid = False
+
     def __post_init__(self):
         if self.tile_px < 1:
             raise ValueError(f"tile_px must be positive, got {self.tile_px}.")

@@ -25,8 +25,9 @@ from unifusion_jax.flow import SamplingConfig
 from unifusion_jax.pipeline import UniFusion
 from unifusion_jax.prompt import Prompt
 
-# How the text that conditions comes about: decoded by the encoder (VERIFI), the user's own words, or the true description.
-Text = Literal["verifi", "words", "truth"]
+# How the text that conditions comes about: as the model was trained, decoded by the encoder (VERIFI), the user's own words,
+# or the true description.
+Text = Literal["trained", "verifi", "words", "truth"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +37,9 @@ class Drawing:
     Attributes:
       steps: solver steps.
       guidance: guidance scale.
-      text: what conditions: "verifi", the description that the encoder decodes; "words", the user's own; "truth", the
-        description of the scene that is asked for, which shows what the DiT alone makes of a perfect one.
+      text: what conditions: "trained", as the model was trained; "verifi", the description that the encoder decodes;
+        "words", the user's own; "truth", the description of the scene that is asked for, which shows what the DiT alone
+        makes of a perfect one.
       mode: of `modes.MODES`, or "auto".
       tiles: most tiles of a reference picture.
       batch_size: pictures at a time.
@@ -46,7 +48,7 @@ class Drawing:
 
     steps: int = 30
     guidance: float = 3.0
-    text: Text = "verifi"
+    text: Text = "trained"
     mode: str = modes.AUTO
     tiles: int | None = None
     batch_size: int = 64
@@ -63,7 +65,7 @@ class Drawing:
             condition = model.condition(
                 prompts[start : start + self.batch_size],
                 mode=self.mode,
-                rewrite=self.text == "verifi",
+                rewrite=None if self.text == "trained" else self.text == "verifi",
                 tiles=self.tiles,
             )
             for image, text in zip(

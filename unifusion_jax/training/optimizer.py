@@ -98,7 +98,8 @@ def _muon_dimensions(params: Any) -> Any:
     def dimensions(path: Any, leaf: Any) -> MuonDimensionNumbers | None:
         if not _is_kernel(path):
             return None
-        stacked = any(getattr(key, "key", "") == "blocks" for key in path)  # layers.Stack: one matrix per layer
-        return MuonDimensionNumbers(tuple(range(int(stacked), leaf.ndim - 1)), leaf.ndim - 1)
+        # layers.Stack has a matrix for each layer, and stacks of stacks one for each of theirs.
+        stacked = any(getattr(key, "key", "") == "blocks" for key in path)
+        return MuonDimensionNumbers(tuple(range(leaf.ndim - 2 if stacked else 0, leaf.ndim - 1)), leaf.ndim - 1)
 
     return jax.tree_util.tree_map_with_path(dimensions, params)
