@@ -164,21 +164,12 @@ class UniFusion:
             encoder's context.
         """
         chosen = modes.find(mode)
-        systems = SYSTEM_PROMPTS[self.config.encoder.system_prompts]
-        given = [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
-        if not given:
-            raise ValueError("No prompts were given.")
+        asked, pictures = self._asked(prompts, mode, system_prompt)
         rewrite = self.config.encoder.verifi if rewrite is None else rewrite
-        names = [modes.mode_of(prompt) if chosen is None else mode for prompt in given]
-        for name, prompt in zip(names, given, strict=True):
-            modes.check(name, prompt)
-        asked = [modes.shaped(*pair, systems, system_prompt) for pair in zip(names, given, strict=True)]
         if tiles is None and chosen is not None:
             tiles = chosen.tiles
         max_tiles = self.config.data.tiles_per_image if tiles is None else modes.grid_tiles(tiles)
-        first = None
-        if chosen is not None and chosen.switches:
-            first = self._export([modes.pictures_only(prompt, systems) for prompt in given], max_tiles)
+        first = self._export(pictures, max_tiles) if pictures else None
         written = [row for row, prompt in enumerate(asked) if rewrite and prompt.target is None]
         read = [row for row in range(len(asked)) if row not in set(written)]
         parts, finished = [], [True] * len(asked)
@@ -199,6 +190,21 @@ class UniFusion:
         if read:
             parts.append((read, self._export([asked[row] for row in read], max_tiles)))
         return Condition(asked, sampler.joined(parts), first, finished)
+
+    def _asked(
+        self, prompts: Sequence[Prompt | str], mode: str, system_prompt: str | None
+    ) -> tuple[list[Prompt], list[Prompt]]:
+        """Returns the prompts as the encoder is asked, and those of the first steps where the mode switches."""
+        systems = SYSTEM_PROMPTS[self.config.encoder.system_prompts]
+        given = [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+        if not given:
+            raise ValueError("No prompts were given.")
+        names = [modes.mode_of(prompt) if mode == modes.AUTO else mode for prompt in given]
+        for name, prompt in zip(names, given, strict=True):
+            modes.check(name, prompt)
+        asked = [modes.shaped(*pair, systems, system_prompt) for pair in zip(names, given, strict=True)]
+        switches = mode != modes.AUTO and modes.MODES[mode].switches
+        return asked, [modes.pictures_only(prompt, systems) for prompt in given] if switches else []
 
     def _export(self, prompts: Sequence[Prompt], max_tiles: int) -> LayerStates:
         """Encodes prompts as they are, with lengths rounded up so that few are compiled."""
