@@ -1,8 +1,10 @@
 """Tiny InternVL models of transformers with random weights, their folders, and prompts for them."""
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -10,7 +12,7 @@ import safetensors.torch
 import torch
 import transformers
 
-from unifusion_jax.encoders import train_tokenizer
+from unifusion_jax.encoders import EncoderBatch, LayerStates, train_tokenizer
 
 TEXTS = [
     "a red square left of a small blue circle on a white background",
@@ -47,12 +49,31 @@ VARIANTS = {
         True,
     ),
 }  # fmt: skip
+# Other language models behind the same tower: InternLM2 computes what Llama does (InternVL 2.5), Qwen3 (InternVL 3.5).
+OTHER_LANGUAGE_MODELS = {
+    "llama": (
+        VARIANTS["grouped"][0],
+        {
+            "model_type": "llama", "hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2,
+            "num_hidden_layers": 4, "vocab_size": 420,
+        },
+        False,
+    ),
+    "qwen3": (
+        VARIANTS["tied"][0],
+        {
+            "model_type": "qwen3", "hidden_size": 28, "num_attention_heads": 6, "num_key_value_heads": 2,
+            "head_dim": 10, "num_hidden_layers": 4,
+        },
+        False,
+    ),
+}  # fmt: skip
 
 
 @functools.cache
 def reference(variant: str) -> transformers.InternVLForConditionalGeneration:
     """A float32 model, every parameter random, biases and norms too."""
-    vision, text, tied = VARIANTS[variant]
+    vision, text, tied = (VARIANTS | OTHER_LANGUAGE_MODELS)[variant]
     ids = tokenizer().get_vocab()
     config = transformers.InternVLConfig(
         vision_config={"image_size": [32, 32], "patch_size": [8, 8], "attention_bias": True, **vision},
@@ -202,3 +223,37 @@ def relative_error(ours: np.ndarray, theirs: np.ndarray, mask: np.ndarray) -> fl
         float(np.abs(ours[:, n] - theirs[:, n]).max() / np.sqrt(np.mean(theirs[:, n] ** 2)))
         for n in range(ours.shape[1])
     )
+
+
+def least_cosine(rough: Any, exact: np.ndarray, mask: np.ndarray) -> float:
+    """The least cosine between two states of one token and layer; states [B, S, N, H]."""
+    a, b = np.asarray(rough, np.float32)[mask], np.asarray(exact)[mask]
+    return float((np.sum(a * b, -1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)).min())
+
+
+def moved_left(batch: EncoderBatch) -> dict[str, np.ndarray]:
+    """The batch's rows with their padding moved to the left."""
+    shifts = batch.mask.shape[1] - batch.mask.sum(axis=1)
+    names = ("token_ids", "mask", "is_image", "keep")
+    rows = {name: zip(getattr(batch, name), shifts, strict=True) for name in names}
+    return {name: np.stack([np.roll(row, shift) for row, shift in pairs]) for name, pairs in rows.items()}
+
+
+def teacher_forced(encoder, rewrite, prompts, *, max_tiles: int | None = 4) -> LayerStates:
+    """The states of the finished text by `export`: the answers' tokens appended to the prompts."""
+    rows = []
+    for prompt, answer in zip(prompts, rewrite.token_ids, strict=True):
+        row = encoder.processor.prepare_row(dataclasses.replace(prompt, target=""), max_tiles=max_tiles)
+        marks = {"is_image": False, "keep": True, "is_target": True}
+        joined = {name: np.append(getattr(row, name), np.full(len(answer), value)) for name, value in marks.items()}
+        ids = np.append(row.token_ids, answer).astype(np.int32)
+        rows.append(dataclasses.replace(row, token_ids=ids, **joined))
+    return encoder.export(encoder.processor.collate(rows))
+
+
+def assert_same_states(ours, theirs) -> None:
+    np.testing.assert_array_equal(ours.mask, theirs.mask)
+    np.testing.assert_array_equal(ours.is_image, theirs.is_image)
+    scale = np.sqrt(np.mean(np.square(theirs.states), axis=(0, 1, 3)))
+    error = np.abs(np.asarray(ours.states) - np.asarray(theirs.states)).max(axis=(0, 1, 3))
+    assert (error / scale).max() < 1e-4

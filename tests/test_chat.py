@@ -10,8 +10,9 @@ from encoders_support import TEXTS, photo, tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unifusion_jax.encoders.chat import CONTROL_TOKENS, INTERNVL_SYSTEM, JINJA, Chat
+from unifusion_jax.encoders.chat import Chat
 from unifusion_jax.encoders.processor import Processor
+from unifusion_jax.encoders.templates import CONTROL_TOKENS, INTERNVL_SYSTEM, JINJA
 from unifusion_jax.encoders.tiling import TilingConfig
 from unifusion_jax.encoders.tokenizer import train_tokenizer
 from unifusion_jax.prompt import Prompt

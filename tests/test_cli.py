@@ -13,6 +13,7 @@ import PIL.Image
 import pytest
 from test_training import logged
 
+from unifusion_jax.analysis import FIGURES
 from unifusion_jax.pipeline import UniFusion
 from unifusion_jax.train import run as run_training  # noqa: F401  (imported here so that a broken import fails once)
 
@@ -95,10 +96,20 @@ def test_sample_draws_and_edits(trained, tmp_path):
     [
         (["--steps=0"], "steps must be at least 1, got 0"),
         (["--size=100"], "multiples of 16 px, got 100x100. The nearest is 96x96"),
-        (["--size=big"], "--size must be a side in px"),
+        (["--size=big"], "size must be a side in px"),
         (["--image=missing.png"], "no image file 'missing.png'"),
         (["--image=tests/test_cli.py"], "test_cli.py cannot be used: not an image"),
-        (["--prompt="], "--prompt is missing"),
+        (["--prompt="], "The prompt is empty. Mode 'text_to_image'"),
+        (
+            ["--mode=edit"],
+            "Mode 'edit' (one picture, changed as the words say) takes exactly 1 reference pictures, got 0",
+        ),
+        (["--mode=edti"], "no mode 'edti'; modes are auto, text_to_image"),
+        (["--tiles=0"], "tiles must be at least 1, got 0"),
+        (["--top_p=0"], "top_p is a probability in (0, 1], got 0"),
+        (["--count=0"], "count must be at least 1, got 0"),
+        (["--max_new_tokens=600"], "leaves no room for max_new_tokens=600"),
+        (["--compile_cache=/dev/null/x"], "not a folder that can be written to"),
         (["--checkpoint=tests"], "config.json does not exist"),
     ],
 )
@@ -109,6 +120,31 @@ def test_sample_refuses_and_leaves_no_file(trained, tmp_path, arguments, message
     assert done.returncode == 1
     assert message in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_sample_stores_its_settings_and_takes_the_description_back(trained, tmp_path):
+    cache = f"--compile_cache={tmp_path / 'compiled'}"
+    common = [f"--checkpoint={trained}", "--steps=2", cache]
+    done = call("sample", *common, "--prompt=a star", f"--output={tmp_path / 'a.png'}", "--count=2", "--seed=4")
+    assert done.returncode == 0, done.stderr
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a-0.png", "a-1.png", "compiled"]
+    assert list((tmp_path / "compiled").iterdir())
+    shown = call("sample", f"--show={tmp_path / 'a-1.png'}")
+    settings = json.loads(shown.stdout)
+    description = done.stdout.split("Description: ")[1].split("\nWrote")[0]
+    assert (settings["seed"], settings["steps"], settings["count"], settings["prompt"]) == (5, 2, 1, "a star")
+    assert settings["target"].strip() == description.strip()
+    again = tmp_path / "again.png"
+    done = call("sample", *common, "--prompt=a star", f"--target={settings['target']}", "--seed=5", f"--output={again}")
+    assert done.returncode == 0, done.stderr
+    difference = np.asarray(PIL.Image.open(again)).astype(int) - np.asarray(PIL.Image.open(tmp_path / "a-1.png"))
+    assert np.abs(difference).max() <= 1
+    done = call(
+        "sample", *common, "--mode=variation", f"--image={again}", f"--output={tmp_path / 'variation.webp'}"
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "Description" not in done.stdout
+    assert json.loads(call("sample", f"--show={tmp_path / 'variation.webp'}").stdout)["mode"] == "variation"
 
 
 def test_output_of_no_image_format_is_refused_before_the_model_runs(trained, tmp_path):
@@ -137,7 +173,39 @@ def test_export_of_nothing_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("module", ["train", "sample", "prepare", "export"])
+def test_analyze_offers_every_figure():
+    done = call("analyze", "--help")
+    assert all(name in done.stdout for name in FIGURES)
+
+
+def test_analyze_writes_figures(trained, tmp_path):
+    names = ("pooling_weights", "layer_similarity")
+    flags = [f"--checkpoint={trained}", f"--output={tmp_path}", "--count=2", *(f"--figure={name}" for name in names)]
+    done = call("analyze", *flags)
+    assert done.returncode == 0, done.stderr
+    for name in names:
+        assert PIL.Image.open(tmp_path / f"{name}.png").width > 300
+        assert len((tmp_path / f"{name}.csv").read_text().splitlines()) > 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Give --figure (one of layer_similarity,"),
+        (["--figure=pooling_weights", "--study=runs"], "Give --figure"),
+        (["--figure=qk_norms", "--checkpoint=/no/such"], "No folder '/no/such'"),
+        (["--figure=qk_norms", "--count=0"], "count and steps must be 1 or more, got 0"),
+        (["--study=runs", "--seeds=1"], "at least 2 seeds"),
+    ],
+)
+def test_analyze_refuses_with_a_message_and_a_status(tmp_path, arguments, message):
+    done = call("analyze", f"--output={tmp_path / 'out'}", *arguments)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("module", ["train", "sample", "prepare", "export", "rewrite", "evaluate", "app", "analyze"])
 def test_help_teaches(module):
     done = call(module, "--help")
     assert f"python -m unifusion_jax.{module}" in done.stdout

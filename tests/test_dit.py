@@ -6,10 +6,12 @@ from clu.parameter_overview import count_parameters
 from flax import nnx
 
 from unifusion_jax.conditioning import LAP, ConditioningConfig, LAPConditioner, LAPConfig, Refiner, RefinerConfig
-from unifusion_jax.dit import DiT, DiTConfig
+from unifusion_jax.dit import Condition, DiT, DiTConfig
 from unifusion_jax.dit.rope import RopeConfig, apply_rope, joint_positions, rope_table
 from unifusion_jax.dit.transformer import patchify, unpatchify
 from unifusion_jax.model import ModelConfig, UniFusionModel
+from unifusion_jax.parallel import attention as attention_module
+from unifusion_jax.parallel.attention import few_token_attention
 from unifusion_jax.parallel.mesh import MeshConfig, make_mesh
 from unifusion_jax.parallel.sharding import param_shardings
 
@@ -60,11 +62,11 @@ def test_dit_starts_at_zero_velocity_and_uses_condition_and_time_once_trained():
     x, condition = jnp.ones((2, 4, 4, 4)), jnp.ones((2, 5, 32))
     mask, t = jnp.ones((2, 5), bool), jnp.array([0.2, 0.9])
     fresh = DiT(TINY, rngs=nnx.Rngs(0))
-    np.testing.assert_array_equal(fresh(x, t, condition, mask), 0)
+    np.testing.assert_array_equal(fresh(x, t, Condition(condition, mask)), 0)
     model = randomised(fresh)
-    base = model(x, t, condition, mask)
-    assert not np.allclose(base, model(x, t, 2 * condition + jnp.arange(32), mask))
-    assert not np.allclose(base, model(x, t + 0.1, condition, mask))
+    base = model(x, t, Condition(condition, mask))
+    assert not np.allclose(base, model(x, t, Condition(2 * condition + jnp.arange(32), mask)))
+    assert not np.allclose(base, model(x, t + 0.1, Condition(condition, mask)))
     assert base.dtype == jnp.float32
 
 
@@ -74,8 +76,8 @@ def test_masked_condition_tokens_do_not_matter():
     condition = jax.random.normal(jax.random.key(1), (1, 5, 32))
     mask = jnp.array([[True, True, True, False, False]])
     t = jnp.array([0.5])
-    short = model(x, t, condition[:, :3], mask[:, :3])
-    np.testing.assert_allclose(model(x, t, condition, mask), short, atol=1e-5)
+    short = model(x, t, Condition(condition[:, :3], mask[:, :3]))
+    np.testing.assert_allclose(model(x, t, Condition(condition, mask)), short, atol=1e-5)
 
 
 def test_rope_is_relative_and_tells_axes_apart():
@@ -132,28 +134,29 @@ def test_refiner_looks_both_ways_and_not_at_padding():
 @pytest.mark.parametrize("blocks", [0, 2])
 def test_conditioner_variants(position, blocks):
     config = ConditioningConfig(lap_heads=2, refiner_heads=2, refiner_blocks=blocks, refiner_position=position)
-    conditioner = LAPConditioner(config, num_layers=3, encoder_size=32, model_size=64, rngs=nnx.Rngs(0))
+    dit = DiTConfig(4, 2, 64, 2, 48)
+    conditioner = LAPConditioner(config, num_layers=3, encoder_size=32, dit=dit, rngs=nnx.Rngs(0))
     out = conditioner(jnp.ones((2, 5, 3, 32)), jnp.ones((2, 5), bool))
-    assert out.shape == (2, 5, 64)
+    assert out.tokens.shape == (2, 5, 64) and out.added is None and out.key is None
 
 
 def test_dropped_and_empty_rows_become_the_null_token():
     model = UniFusionModel(MODEL, rngs=nnx.Rngs(0))
     states = jax.random.normal(jax.random.key(0), (3, 4, 3, 16))
     mask = jnp.array([[True] * 4, [True] * 4, [False] * 4])
-    tokens, kept = model.condition(states, mask, drop=jnp.array([False, True, False]))
-    null, null_mask = model.null_condition(1, 4)
-    np.testing.assert_array_equal(kept, [[True] * 4, *[np.asarray(null_mask[0])] * 2])
+    told = model.condition(states, mask, drop=jnp.array([False, True, False]))
+    null = model.null_condition(told)
+    np.testing.assert_array_equal(told.mask, [[True] * 4, *[[True, False, False, False]] * 2])
     for row in (1, 2):
-        np.testing.assert_array_equal(tokens[row], null[0])
-    assert not np.allclose(tokens[0], null[0])
+        np.testing.assert_array_equal(told.tokens[row], null.tokens[row])
+    assert not np.allclose(told.tokens[0], null.tokens[0])
 
 
 def test_before_and_after_jit_and_remat_agree():
     model = randomised(UniFusionModel(MODEL, rngs=nnx.Rngs(0)))
     states, mask = jax.random.normal(jax.random.key(0), (2, 4, 3, 16)), jnp.ones((2, 4), bool)
-    plain = model.condition(states, mask)[0]
-    again = jax.jit(lambda s: model.condition(s, mask, remat=jax.checkpoint)[0])(states)
+    plain = model.condition(states, mask).tokens
+    again = jax.jit(lambda s: model.condition(s, mask, remat=jax.checkpoint).tokens)(states)
     np.testing.assert_allclose(plain, again, atol=1e-5)
 
 
@@ -171,3 +174,31 @@ def test_before_and_after_jit_and_remat_agree():
 def test_impossible_sizes_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("layers", [1, 4, 10])
+def test_attention_over_few_tokens_equals_the_general_one(layers):
+    parts = [jax.random.normal(jax.random.key(seed), (6, layers, 3, 8)) for seed in range(3)]
+
+    def both_ways(function):
+        return jax.value_and_grad(lambda *parts: jnp.sum(jnp.sin(function(*parts))), argnums=(0, 1, 2))(*parts)
+
+    few, general = both_ways(few_token_attention), both_ways(jax.nn.dot_product_attention)
+    np.testing.assert_allclose(few[0], general[0], rtol=1e-5)
+    for ours, theirs in zip(few[1], general[1], strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_lap_is_the_same_by_either_attention(monkeypatch):
+    lap = randomised(LAP(LAPConfig(4, 16, 2, 32), rngs=nnx.Rngs(0)))
+    states = jax.random.normal(jax.random.key(0), (2, 5, 4, 16))
+    fast = lap(states)
+    general = attention_module.attention
+    calls = []
+    monkeypatch.setattr(attention_module, "few_token_attention", lambda query, *_, **options: calls.append(1) or query)
+    monkeypatch.setattr(attention_module, "FEW_TOKENS", 0)
+    np.testing.assert_allclose(lap(states), fast, atol=1e-5)
+    assert not calls
+    monkeypatch.setattr(attention_module, "FEW_TOKENS", 4)
+    general(*[jnp.ones((1, 4, 1, 2))] * 3)
+    assert len(calls) == 1  # what LAP calls does take the other way

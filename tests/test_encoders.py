@@ -12,6 +12,8 @@ import torch
 import transformers
 from encoders_support import (
     VARIANTS,
+    least_cosine,
+    moved_left,
     photo,
     reference,
     reference_run,
@@ -22,11 +24,10 @@ from encoders_support import (
 )
 from flax import nnx
 
-from unifusion_jax import encoders, weights
+from unifusion_jax import encoders
 from unifusion_jax.encoders import Encoder, EncoderBatch, InternVLConfig, Prompt
-from unifusion_jax.encoders.decoder import Decoder, DecoderConfig
+from unifusion_jax.encoders.decoder import DecoderConfig
 from unifusion_jax.encoders.encoder import abstract_model
-from unifusion_jax.encoders.families import decoder_config, decoder_rules
 from unifusion_jax.encoders.vision import VisionConfig, pixel_shuffle
 from unifusion_jax.parallel.mesh import MeshConfig, make_mesh
 
@@ -66,7 +67,9 @@ def test_every_layer_and_the_logits_equal_transformers(loaded, runs, variant):
     batch, ours = runs[variant]
     theirs, their_logits = reference_run(reference(variant), batch)
     assert ours.shape == theirs.shape and batch.pixels.shape[1] > 5 and len(set(batch.mask.sum(axis=1))) == 3
-    assert relative_error(ours, theirs, batch.mask) < 1e-4
+    error = relative_error(ours, theirs, batch.mask)
+    print(f"{variant}: worst layer {error:.1e} of its rms")  # docs/encoders.md gives the command that shows these
+    assert error < 1e-4
     decoder = loaded[variant].module(loaded[variant].params).decoder
     logits = decoder.logits(jnp.asarray(ours[:, :, -1]))
     assert relative_error(logits[:, :, None], their_logits[:, :, None], batch.mask) < 1e-4
@@ -85,12 +88,7 @@ def test_text_only_equals_transformers(loaded):
 def test_padding_on_the_left_changes_nothing(loaded, runs):
     encoder = loaded["grouped"]
     right, states = runs["grouped"]
-    shifts = right.mask.shape[1] - right.mask.sum(axis=1)
-    turned = {
-        name: np.stack([np.roll(row, shift) for row, shift in zip(getattr(right, name), shifts, strict=True)])
-        for name in ("token_ids", "mask", "is_image", "keep")
-    }
-    left = dataclasses.replace(right, **turned)
+    left = dataclasses.replace(right, **moved_left(right))
     ours = np.asarray(encoder.layer_states(left, layers=every_layer(encoder)))
     np.testing.assert_allclose(ours[left.mask], states[right.mask], atol=2e-5)
     theirs, _ = reference_run(reference("grouped"), left, positions=np.maximum(left.mask.cumsum(axis=1) - 1, 0))
@@ -205,42 +203,15 @@ def test_demo_size_fits_its_budget():
     assert encoders.default_layers(10) == (1, 4, 7, 10) and encoders.default_layers(28)[-1] == 28
 
 
-def test_decoder_equals_llama_with_scaled_rope():
-    scaling = {
-        "rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 32,
-    }  # fmt: skip
-    theirs_config = transformers.LlamaConfig(
-        vocab_size=50, hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=6,
-        num_key_value_heads=2, head_dim=12, rope_parameters=scaling, max_position_embeddings=128, rms_norm_eps=1e-5,
-    )  # fmt: skip
-    theirs_config.tie_last_hidden_states = False
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(theirs_config).eval()
-    config = decoder_config(theirs_config.to_dict(), tie_embeddings=False)
-    abstract = nnx.eval_shape(lambda: nnx.Dict(decoder=Decoder(config, rngs=nnx.Rngs(0))))
-    tensors = {name: value.numpy() for name, value in model.state_dict().items()}
-    params = weights.load(
-        nnx.to_pure_dict(nnx.state(abstract, nnx.Param)), tensors, decoder_rules("model.", "lm_head.weight")
-    )
-    decoder = nnx.merge(nnx.split(abstract, nnx.Param, ...)[0], params)["decoder"]
-    ids = np.random.default_rng(0).integers(0, 50, (2, 90))
-    with torch.no_grad():
-        out = model(torch.tensor(ids), output_hidden_states=True)
-    theirs = torch.stack(out.hidden_states, dim=2).numpy()
-    mask = np.ones(ids.shape, bool)
-    ours = decoder.states(decoder.embed(jnp.asarray(ids)), jnp.asarray(mask), range(4))
-    assert relative_error(ours, theirs, mask) < 1e-4
-
-
-def test_bfloat16_states_follow_float32(folders, runs):
-    encoder = encoders.load(folders["grouped"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_bfloat16_states_follow_float32(folders, runs, variant):
+    encoder = encoders.load(folders[variant])
     assert {leaf.dtype for leaf in jax.tree.leaves(encoder.params)} == {jnp.dtype(jnp.bfloat16)}
-    batch, exact = runs["grouped"]
-    rough = encoder.layer_states(batch)
-    assert rough.dtype == jnp.bfloat16
-    error = np.asarray(rough, np.float32)[batch.mask] - exact[:, :, [1, 4]][batch.mask]
-    assert np.sqrt(np.mean(error**2)) < 0.05 * np.sqrt(np.mean(exact[batch.mask] ** 2))
+    batch, exact = runs[variant]
+    rough = encoder.layer_states(batch, layers=every_layer(encoder))
+    cosine = least_cosine(rough, exact, batch.mask)
+    print(f"{variant}: least bfloat16 cosine of any token and layer {cosine:.5f}")
+    assert rough.dtype == jnp.bfloat16 and cosine > 0.999
 
 
 @pytest.mark.parametrize("rows", [3, 4])
@@ -273,7 +244,9 @@ def test_clear_errors(folders, tmp_path):
     with pytest.raises(ValueError, match="Expected integer token ids"):
         EncoderBatch.from_tokens(np.zeros((2, 3)), np.ones((2, 3)))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
-    with pytest.raises(ValueError, match=r"Unsupported encoder model_type='bert'.*supported: internvl, internvl_chat"):
+    with pytest.raises(
+        ValueError, match=r"Unsupported encoder model_type='bert'.*supported: .*internvl, internvl_chat, llama"
+    ):
         encoders.load(tmp_path)
     raw = json.loads((folders["grouped"] / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(raw))

@@ -8,10 +8,18 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from encoders_support import photo, reference, reference_run, tokenizer, write_reference
+from encoders_support import (
+    assert_same_states,
+    photo,
+    reference,
+    reference_run,
+    teacher_forced,
+    tokenizer,
+    write_reference,
+)
 
-from unifusion_jax import encoders
-from unifusion_jax.encoders import Encoder, InternVLConfig, Processor, Prompt
+from unifusion_jax import encoders, layers
+from unifusion_jax.encoders import Encoder, InternVLConfig, Processor, Prompt, decoding
 from unifusion_jax.encoders.lm_loss import next_token_loss
 
 PROMPTS = [
@@ -47,26 +55,6 @@ def stopping_at(encoder, *ids: int) -> Encoder:
     globals()["STOP_IDS"] = ids
     fields = {field.name: getattr(encoder.processor, field.name) for field in dataclasses.fields(Processor)}
     return Encoder(encoder.config, encoder.params, EarlyStop(**fields), layers=encoder.layers)
-
-
-def teacher_forced(encoder, rewrite, prompts) -> encoders.LayerStates:
-    """The states of the finished text by `export`: the answers' tokens appended to the prompts."""
-    rows = []
-    for prompt, answer in zip(prompts, rewrite.token_ids, strict=True):
-        row = encoder.processor.prepare_row(dataclasses.replace(prompt, target=""), max_tiles=4)
-        marks = {"is_image": False, "keep": True, "is_target": True}
-        joined = {name: np.append(getattr(row, name), np.full(len(answer), value)) for name, value in marks.items()}
-        ids = np.append(row.token_ids, answer).astype(np.int32)
-        rows.append(dataclasses.replace(row, token_ids=ids, **joined))
-    return encoder.export(encoder.processor.collate(rows))
-
-
-def assert_same_states(ours, theirs) -> None:
-    np.testing.assert_array_equal(ours.mask, theirs.mask)
-    np.testing.assert_array_equal(ours.is_image, theirs.is_image)
-    scale = np.sqrt(np.mean(np.square(theirs.states), axis=(0, 1, 3)))
-    error = np.abs(np.asarray(ours.states) - np.asarray(theirs.states)).max(axis=(0, 1, 3))
-    assert (error / scale).max() < 1e-4
 
 
 def test_states_equal_teacher_forcing(encoder, greedy):
@@ -123,6 +111,41 @@ def test_answers_do_not_depend_on_the_batch(encoder, greedy):
     assert_same_states(sampled.states, teacher_forced(encoder, sampled, PROMPTS))
 
 
+def test_top_p_draws_from_the_likeliest_tokens_only(encoder, greedy):
+    options = {"max_new_tokens": NEW_TOKENS, "max_tiles": 4, "temperature": 1.5, "seed": 7}
+    # The likeliest token alone: greedy, whatever the temperature.
+    assert encoder.rewrite(PROMPTS, top_p=1e-6, **options).token_ids == greedy.token_ids
+    assert encoder.rewrite(PROMPTS, top_p=1.0, **options).token_ids != greedy.token_ids
+
+
+def test_nucleus_keeps_the_fewest_tokens_that_reach_the_probability():
+    logits = jnp.log(jnp.array([[0.1, 0.5, 0.15, 0.25], [0.97, 0.01, 0.01, 0.01]]))
+    kept = np.isfinite(decoding.nucleus(logits, jnp.float32(0.7)))
+    np.testing.assert_array_equal(kept, [[False, True, False, True], [True, False, False, False]])
+    np.testing.assert_array_equal(
+        np.isfinite(decoding.nucleus(logits, jnp.float32(0.76)))[0], [False, True, True, True]
+    )
+
+
+def test_layers_cut_before_the_loop_compute_what_a_scan_does(encoder, monkeypatch):
+    # Another number of tokens than in the other tests, so that both are traced here.
+    both = [encoder.rewrite(PROMPTS, max_new_tokens=9, max_tiles=4)]
+    jax.clear_caches()
+    monkeypatch.setattr(layers, "_LARGEST_CUT_BYTES", 0)
+    both.append(encoder.rewrite(PROMPTS, max_new_tokens=9, max_tiles=4))
+    jax.clear_caches()
+    assert both[0].token_ids == both[1].token_ids
+    assert_same_states(*(each.states for each in both))
+
+
+def test_whether_an_answer_ended_is_told(encoder, greedy):
+    assert greedy.finished == [False] * 3
+    stop = greedy.token_ids[0][4]
+    stopped = stopping_at(encoder, stop).rewrite(PROMPTS, max_new_tokens=NEW_TOKENS, max_tiles=4)
+    assert stopped.finished == [len(ids) < NEW_TOKENS for ids in stopped.token_ids]
+    assert stopped.finished[0]
+
+
 def test_system_prompt_serves_prompts_without_their_own(encoder, greedy):
     brief = encoder.rewrite(PROMPTS, system_prompt="be brief", max_new_tokens=NEW_TOKENS, max_tiles=4)
     own = [dataclasses.replace(prompt, system="be brief", target="ignored") for prompt in PROMPTS]
@@ -135,6 +158,8 @@ def test_rewrite_errors(encoder):
         encoder.rewrite(PROMPTS[:1], max_new_tokens=500)
     with pytest.raises(ValueError, match=r"Expected max_new_tokens >= 1 and temperature >= 0, got 0"):
         encoder.rewrite(PROMPTS[:1], max_new_tokens=0)
+    with pytest.raises(ValueError, match=r"top_p is a probability in \(0, 1\], got 1.5"):
+        encoder.rewrite(PROMPTS[:1], max_new_tokens=4, top_p=1.5)
     with pytest.raises(ValueError, match=r"Got 2 seeds for 1 prompts"):
         encoder.rewrite(PROMPTS[:1], max_new_tokens=4, seed=[1, 2])
 

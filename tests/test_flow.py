@@ -12,6 +12,7 @@ from unifusion_jax.flow import (
     guided,
     integrate,
     interpolate,
+    is_first,
     loss_by_bin,
     sample_timesteps,
     shift_timesteps,
@@ -105,10 +106,52 @@ def test_guidance_acts_inside_its_interval_only():
 
 
 def test_guidance_one_never_runs_the_unconditional_branch():
-    def forbidden(x, t):
-        raise AssertionError("evaluated")
+    calls = []
 
-    integrate(guided(curved, forbidden, SamplingConfig(2, guidance=1.0)), jnp.ones(SHAPE), SamplingConfig(2))
+    def counted(x, t):
+        jax.debug.callback(lambda: calls.append(1))
+        return x
+
+    for guidance, expected in ((1.0, 0), (2.0, 3)):
+        config = SamplingConfig(3, guidance=guidance)
+        jax.block_until_ready(integrate(guided(curved, counted, config), jnp.ones(SHAPE), config))
+        jax.effects_barrier()
+        assert len(calls) == expected
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_one_compiled_loop_serves_all_settings_and_any_stretch(solver):
+    traces = []
+
+    @jax.jit
+    def run(x, config, start, stop):
+        traces.append(1)
+        without = jnp.zeros_like
+        return integrate(guided(curved, lambda x, t: without(x), config), x, config, start=start, stop=stop)
+
+    x = jax.random.normal(jax.random.key(0), SHAPE)
+    for config in (
+        SamplingConfig(6, solver, 2, (0, 1)),
+        SamplingConfig(9, solver, 1.0, (0.2, 0.7), 3.0),
+        SamplingConfig(4, solver, 3.5, (0.5, 1.0), 0.5, switch=0.5),
+    ):
+        whole = run(x, config, 0, config.steps)
+        parts = run(run(run(x, config, 0, 1), config, 1, 3), config, 3, config.steps)
+        np.testing.assert_array_equal(whole, parts)
+        expected = integrate(guided(curved, lambda x, t: jnp.zeros_like(x), config), x, config)
+        np.testing.assert_allclose(whole, expected, rtol=1e-5)
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize(
+    ("steps", "switch", "expected"), [(10, 0.2, 2), (30, 0.15, 5), (30, 0.1, 3), (4, 0.1, 1), (5, 0.0, 0)]
+)
+def test_the_first_condition_has_its_share_of_the_steps(steps, switch, expected):
+    config = SamplingConfig(steps, shift=2.5, switch=switch)
+    times = timesteps(steps, 2.5)
+    first = [bool(is_first(times[step : step + 1], config)) for step in range(steps)]
+    assert first == [True] * expected + [False] * (steps - expected)
+    assert config.switch_steps == expected
 
 
 def test_sampling_is_one_compiled_loop():
@@ -135,6 +178,8 @@ def test_timesteps_descend_in_float32():
         (lambda: SamplingConfig(0), "steps must be at least 1, got 0"),
         (lambda: SamplingConfig(1, "eular"), r"one of \['euler', 'heun'\], got 'eular'"),
         (lambda: SamplingConfig(1, guidance_interval=(0.9, 0.1)), "0 <= low <= high <= 1"),
+        (lambda: SamplingConfig(1, guidance=float("nan")), "guidance must be a number of at least 0"),
+        (lambda: SamplingConfig(1, switch=1.5), r"switch is a share of the steps in \[0, 1\], got 1.5"),
         (lambda: FlowConfig(condition_dropout=1.0), r"a share in \[0, 1\), got 1.0"),
         (lambda: FlowConfig(logit_std=0.0), "logit_std must be positive"),
     ],

@@ -36,6 +36,24 @@ def test_save_and_load(tmp_path):
     assert [file.name for file in (tmp_path / "deep").iterdir()] == ["a.png"]
 
 
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp"])
+def test_settings_are_stored_in_the_picture(tmp_path, name):
+    settings = {"prompt": "ein Würfel", "seed": 3, "size": [64, 32], "target": None}
+    images.save(PIL.Image.new("RGB", (4, 4)), tmp_path / name, settings=settings)
+    assert images.read_settings(tmp_path / name) == settings
+    images.save(PIL.Image.new("RGB", (4, 4)), tmp_path / name)
+    with pytest.raises(ValueError, match="holds no settings"):
+        images.read_settings(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match="no image file"):
+        images.read_settings(tmp_path / "missing.png")
+
+
+def test_a_picture_that_cannot_be_written_leaves_nothing(tmp_path):
+    with pytest.raises(OSError, match="cannot write mode"):
+        images.save(PIL.Image.new("RGBA", (4, 4)), tmp_path / "a.jpg")
+    assert not list(tmp_path.iterdir())
+
+
 def test_transparency_is_seen_on_white(tmp_path):
     PIL.Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "clear.png")
     assert images.load(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)

@@ -4,17 +4,51 @@ Every parameter carries the names of its logical axes in the variable's metadata
 `unifusion_jax.parallel.sharding` maps to mesh axes. The letters in shape annotations are listed in `docs/architecture.md`.
 """
 
-from collections.abc import Callable
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
 Axes = tuple[str | None, ...]
 Remat = Callable[[Callable[..., Any]], Callable[..., Any]]
 
+if TYPE_CHECKING:
+    AnyArray = Any  # checkers would ask for the methods that all three share
+else:
+    AnyArray = Array | np.ndarray | jax.ShapeDtypeStruct
+_Class = TypeVar("_Class", bound=type)
+
+
+def pytree(cls: _Class) -> _Class:
+    """Registers a frozen dataclass as a pytree of all its fields.
+
+    Rebuilding skips `__init__`, so that transformations may put any kind of leaf (shardings, specs, sentinels) in the
+    fields.
+    """
+    names = [field.name for field in dataclasses.fields(cls)]
+
+    def flatten(instance: Any) -> tuple[tuple[Any, ...], None]:
+        return tuple(getattr(instance, name) for name in names), None
+
+    def flatten_with_keys(instance: Any) -> tuple[tuple[tuple[jax.tree_util.GetAttrKey, Any], ...], None]:
+        return tuple((jax.tree_util.GetAttrKey(name), getattr(instance, name)) for name in names), None
+
+    def unflatten(_: None, leaves: Any) -> Any:
+        instance = object.__new__(cls)
+        for name, leaf in zip(names, leaves, strict=True):
+            object.__setattr__(instance, name, leaf)
+        return instance
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+    return cls
+
+
+_LARGEST_CUT_BYTES = 4 << 30
 _ZEROS = nnx.initializers.zeros_init()
 _KERNEL_INIT = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
 
@@ -22,6 +56,45 @@ _KERNEL_INIT = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_norma
 def with_axes(initializer: Callable[..., Any], axes: Axes) -> Callable[..., Any]:
     """Returns `initializer`, tagging the parameter it makes with logical axis names."""
     return nnx.with_metadata(initializer, axes=axes)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Int8:
+    """A matrix in 8 bits, or a stack of them: the integers times the scale of their output channel.
+
+    Attributes:
+      values: int8 [..., in, out], from -127 to 127.
+      scale: float32 [..., 1, out].
+    """
+
+    values: Any
+    scale: Any
+
+
+@jax.jit
+def quantize_int8(kernel: Float[Array, "*stack in out"]) -> Int8:
+    """Rounds a matrix to 8 bits: symmetric, the largest magnitude of an output channel becomes 127."""
+    wide = kernel.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(wide), axis=-2, keepdims=True)
+    scale = jnp.where(largest > 0, largest / 127, 1.0)
+    return Int8(jnp.round(wide / scale).astype(jnp.int8), scale)
+
+
+class Linear(nnx.Linear):
+    """`nnx.Linear` whose kernel may also be an `Int8`; then it computes in the type of its input."""
+
+    def __call__(self, inputs: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+        """Multiplies by the kernel and adds the bias, where there is one."""
+        kernel: Any = self.kernel.get_value()
+        if not isinstance(kernel, Int8):
+            return super().__call__(inputs)
+        # A scale per output channel commutes with the product; 8-bit integers are exact in bfloat16.
+        product = jnp.matmul(inputs, kernel.values.astype(inputs.dtype), preferred_element_type=jnp.float32)
+        product = product * kernel.scale[0]
+        if self.bias is not None:
+            product = product + self.bias.get_value()
+        return product.astype(inputs.dtype)
 
 
 def linear(
@@ -34,9 +107,9 @@ def linear(
     param_dtype: Any = jnp.float32,
     kernel_init: Callable[..., Any] = _KERNEL_INIT,
     rngs: nnx.Rngs,
-) -> nnx.Linear:
+) -> Linear:
     """Makes a linear map with kernel (in_features, out_features) whose dimensions are named by `axes`."""
-    return nnx.Linear(
+    return Linear(
         in_features,
         out_features,
         use_bias=bias,
@@ -196,6 +269,22 @@ class Stack(nnx.Module):
                 names = variable.get_metadata().get("axes", (None,) * (len(variable.shape) - 1))
                 variable.set_metadata(axes=("layers", *names))
 
+    def cut(self) -> list[Any] | None:
+        """Returns the blocks one by one, to be used inside a loop, where that is worth a copy of their weights; else None.
+
+        On a CPU, a scan copies each layer's weights out of the stack before it multiplies by them, which for one token costs
+        more than the product. Cut before the loop they are copied once. Large stacks have no room for that, and on
+        accelerators the copy is part of the product.
+        """
+        graphdef, params = nnx.split(self.blocks)
+        size_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+        if jax.default_backend() != "cpu" or size_bytes > _LARGEST_CUT_BYTES:
+            return None
+        return [
+            nnx.merge(graphdef, jax.tree.map(lambda leaf, layer=layer: leaf[layer], params))
+            for layer in range(self.depth)
+        ]
+
     def scan(
         self,
         apply: Callable[[Any, Any, Any], tuple[Any, Any]],
@@ -220,3 +309,14 @@ class Stack(nnx.Module):
             return apply(nnx.merge(graphdef, layer_params), carry, x)
 
         return jax.lax.scan(remat(body) if remat else body, carry, (params, xs), length=length)
+
+    def chosen(self, numbers: Sequence[int], apply: Callable[[Any, Any], PyTree], xs: PyTree) -> PyTree:
+        """Returns `apply(block, x)` of the blocks with these numbers (from 0), each with its own x, all at once.
+
+        `xs` has a leading axis of `len(numbers)`, and so has the result.
+        """
+        graphdef, params = nnx.split(self.blocks)
+        if tuple(numbers) != tuple(range(self.depth)):
+            index = np.asarray(numbers)
+            params = jax.tree.map(lambda leaf: leaf[index], params)
+        return jax.vmap(lambda params, x: apply(nnx.merge(graphdef, params), x))(params, xs)

@@ -1,14 +1,15 @@
-"""The trainable stack: conditioning (LAP, refiner), the null condition and the DiT, assembled from a config."""
+"""The trainable stack: a conditioning strategy, the null condition and the DiT, assembled from a config."""
 
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from unifusion_jax.conditioning import ConditioningConfig, LAPConditioner
-from unifusion_jax.dit import DiT, DiTConfig
+from unifusion_jax.conditioning import CONDITIONERS, ConditioningConfig
+from unifusion_jax.dit import Condition, DiT, DiTConfig
 from unifusion_jax.layers import Remat, with_axes
 
 
@@ -18,15 +19,23 @@ class ModelConfig:
 
     Attributes:
       num_layers: layers N that the encoder exports.
-      encoder_size: encoder width H.
-      conditioning: how they become condition tokens.
+      encoder_size: length H of what it exports of a layer: its width, or that of all keys and values.
+      conditioning: how they become what the DiT is told.
       dit: the diffusion transformer.
+      kv_heads: key-value heads in an exported layer; 0 where states are exported.
+
+    Raises:
+      ValueError: the strategy cannot connect these sizes; says what would fit.
     """
 
     num_layers: int
     encoder_size: int
     conditioning: ConditioningConfig
     dit: DiTConfig
+    kv_heads: int = 0
+
+    def __post_init__(self):
+        self.conditioning.check_sizes(self.num_layers, self.encoder_size, self.kv_heads, self.dit)
 
     @classmethod
     def final_8b(cls) -> "ModelConfig":
@@ -42,15 +51,18 @@ class UniFusionModel(nnx.Module):
     ):
         self.config = config
         options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.conditioner = LAPConditioner(
+        self.conditioner = CONDITIONERS[config.conditioning.strategy](
             config.conditioning,
             num_layers=config.num_layers,
             encoder_size=config.encoder_size,
-            model_size=config.dit.hidden_size,
+            dit=config.dit,
             **options,
         )
-        init = with_axes(nnx.initializers.normal(1.0), ("embed_out",))
-        self.null_token = nnx.Param(init(rngs.params(), (config.dit.hidden_size,), param_dtype))
+        if config.conditioning.has_tokens:
+            init = with_axes(nnx.initializers.normal(1.0), ("embed_out",))
+            self.null_token = nnx.Param(init(rngs.params(), (config.dit.hidden_size,), param_dtype))
+        else:
+            self.null_token = nnx.data(None)
         self.dit = DiT(config.dit, **options)
 
     def condition(
@@ -60,31 +72,32 @@ class UniFusionModel(nnx.Module):
         *,
         drop: Bool[Array, " B"] | None = None,
         remat: Remat | None = None,
-    ) -> tuple[Float[Array, "B C D"], Bool[Array, "B C"]]:
-        """Returns condition tokens and their mask.
+    ) -> Condition:
+        """Returns what the DiT is told of exported states.
 
-        Rows marked by `drop`, and rows without any token, become the one learned null token (for classifier-free guidance).
+        Rows marked by `drop`, and rows without any token, get the null condition (for classifier-free guidance).
         """
-        tokens = self.conditioner(states, mask, remat=remat)
+        condition = self.conditioner(states, mask, remat=remat)
         empty = ~mask.any(axis=1)
         dropped = empty if drop is None else empty | drop
-        null, null_mask = self.null_condition(*mask.shape)
-        tokens = jnp.where(dropped[:, None, None], null.astype(tokens.dtype), tokens)
-        return tokens, jnp.where(dropped[:, None], null_mask, mask)
+        return condition.where(dropped, self.null_condition(condition))
 
-    def null_condition(self, batch: int, tokens: int) -> tuple[Float[Array, "B C D"], Bool[Array, "B C"]]:
-        """The unconditional input: the null token first, the other positions masked."""
-        null = jnp.broadcast_to(self.null_token[...], (batch, tokens, self.config.dit.hidden_size))
-        return null, jnp.broadcast_to(jnp.arange(tokens) == 0, (batch, tokens))
+    def null_condition(self, like: Condition) -> Condition:
+        """The unconditional input, in the shapes of `like`: the one learned null token, nothing added, no fused keys."""
+        null: Condition = jax.tree.map(jnp.zeros_like, like)
+        if self.null_token is None:
+            return null
+        first = jnp.broadcast_to(jnp.arange(like.mask.shape[1]) == 0, like.mask.shape)
+        tokens = jnp.broadcast_to(self.null_token[...], like.tokens.shape)
+        return dataclasses.replace(null, tokens=tokens, mask=first)
 
     def velocity(
         self,
         latents: Float[Array, "B h w c"],
         t: Float[Array, " B"],
-        condition: Float[Array, "B C D"],
-        condition_mask: Bool[Array, "B C"],
+        condition: Condition,
         *,
         remat: Remat | None = None,
     ) -> Float[Array, "B h w c"]:
         """Returns the float32 velocity at (x_t, t)."""
-        return self.dit(latents, t, condition, condition_mask, remat=remat)
+        return self.dit(latents, t, condition, remat=remat)

@@ -1,35 +1,35 @@
-"""Prompts and images in, images out: the only inference path, which the CLI, previews and evaluations share."""
+"""Prompts and images in, images out: the only inference path, which the CLI, the web page, previews and evaluations share."""
 
 import dataclasses
-import functools
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import PIL.Image
-from flax import nnx
-from jaxtyping import Array, Bool, Float
 
-from unifusion_jax import autoencoders, encoders, exported, weights
+from unifusion_jax import exported, modes, sampler, weights
 from unifusion_jax.autoencoders import Autoencoder
 from unifusion_jax.config import from_mapping
 from unifusion_jax.encoders import Encoder
 from unifusion_jax.encoders.batch import LayerStates
-from unifusion_jax.flow import SamplingConfig, guided, integrate
+from unifusion_jax.flow import SamplingConfig
+from unifusion_jax.frozen import check_fit, load_frozen, model_config_of
 from unifusion_jax.images import to_pil
 from unifusion_jax.model import ModelConfig, UniFusionModel
 from unifusion_jax.prompt import Prompt
 from unifusion_jax.training.checkpoints import Checkpoints
 from unifusion_jax.training.config import TrainConfig
+from unifusion_jax.training.phases import config_at
 from unifusion_jax.training.rng import stream_key
-from unifusion_jax.verifi import SYSTEM_PROMPTS, task_of
+from unifusion_jax.verifi import SYSTEM_PROMPTS
 
 BUNDLED_CHECKPOINT = "bundled:demo/unifusion"
-# Condition lengths are padded to a multiple of this, so that few sizes are compiled.
-_CONDITION_STEP_TOKENS = 16
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,12 +37,31 @@ class Condition:
     """What the DiT is told.
 
     Attributes:
-      texts: the description each row was conditioned on, as decoded or as given.
+      prompts: the prompts as the encoder was asked, each with the description it was conditioned on as its target. One of
+        them, its target edited, can be given to `UniFusion.condition` again.
       states: layer states of image tokens and text tokens.
+      first: those of the first steps, where the mode switches from one condition to another; else None.
+      finished: whether each description ended by itself; False where it was cut off for its length.
     """
 
-    texts: list[str]
+    prompts: list[Prompt]
     states: LayerStates
+    first: LayerStates | None = None
+    finished: list[bool] = dataclasses.field(default_factory=list)
+
+    @property
+    def texts(self) -> list[str]:
+        """The description each row was conditioned on, as decoded or as given; the user's own words without rewriting."""
+        return [prompt.instruction if prompt.target is None else prompt.target for prompt in self.prompts]
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """How far a sampling run is: solver steps done and in all, and after the last one the pictures."""
+
+    steps: int
+    total_steps: int
+    images: list[PIL.Image.Image] | None = None
 
 
 class UniFusion:
@@ -67,9 +86,6 @@ class UniFusion:
         check_fit(encoder, autoencoder, model_config)
         self.encoder, self.autoencoder = encoder, autoencoder
         self.config, self.model_config, self.params = config, model_config, params
-        self._sample = jax.jit(
-            functools.partial(_sample, _graphdef(model_config), autoencoder), static_argnames=("sampling", "cells")
-        )
 
     @classmethod
     def load(cls, checkpoint: str | os.PathLike[str] | None = None) -> "UniFusion":
@@ -86,9 +102,10 @@ class UniFusion:
         folder = weights.resolve(BUNDLED_CHECKPOINT if checkpoint is None else checkpoint)
         if (folder / "checkpoints").is_dir():
             config = from_mapping(TrainConfig, weights.read_json(folder / "config.json"), f"{folder}/config.json")
-            encoder, autoencoder = load_frozen(config)
-            model_config = model_config_of(config, encoder)
             checkpoints = Checkpoints(folder)
+            config = config_at(config, checkpoints.latest_step() or 0)
+            encoder, autoencoder = load_frozen(config)
+            model_config = model_config_of(config, encoder.config)
             params = checkpoints.restore_inference(exported.abstract_params(model_config))
             checkpoints.close()
         else:
@@ -103,6 +120,10 @@ class UniFusion:
         other.__dict__ = self.__dict__ | {"params": params}
         return other
 
+    def module(self) -> UniFusionModel:
+        """Returns the trained stack as a module, to look into."""
+        return sampler.module(self.model_config, self.params)
+
     @property
     def multiple_of_px(self) -> int:
         """Sides of generated pictures are multiples of this."""
@@ -112,42 +133,87 @@ class UniFusion:
         self,
         prompts: Sequence[Prompt | str],
         *,
-        rewrite: bool = True,
+        mode: str = modes.AUTO,
+        rewrite: bool | None = None,
         system_prompt: str | None = None,
+        tiles: int | None = None,
         max_new_tokens: int | None = None,
         temperature: float = 0.0,
+        top_p: float = 1.0,
         seed: int = 0,
     ) -> Condition:
         """Encodes prompts; with `rewrite` the encoder first decodes a description of the picture (VERIFI).
 
-        Prompts that carry a target are encoded with it as it is. Without `rewrite` the user's own words condition.
+        Prompts that carry a target are encoded with it as it is: so a description that was edited is passed back. Without
+        `rewrite` the user's own words condition.
 
         Args:
           prompts: a str is short for `Prompt(str)`.
-          rewrite: as above.
+          mode: one of `modes.MODES`; "auto" takes what a prompt's pictures say.
+          rewrite: as above; None does as the model was trained (`encoder.verifi`).
           system_prompt: replaces the task's system message.
+          tiles: most tiles that a reference picture is cut into, its thumbnail included (the paper: 1, 5 or 10). By default
+            the mode's, or what the checkpoint was trained with.
           max_new_tokens: longest description; what the checkpoint was trained with when None.
           temperature: of decoding; 0 is greedy.
+          top_p: of decoding, see `Encoder.rewrite`.
           seed: of decoding.
+
+        Raises:
+          ValueError: no prompts, an empty one, another number of pictures than the mode takes, or a prompt that fills the
+            encoder's context.
         """
-        asked = [self._with_system(Prompt(p) if isinstance(p, str) else p, system_prompt) for p in prompts]
-        if not asked:
-            raise ValueError("No prompts were given.")
-        tiles = self.config.data.tiles_per_image
-        if rewrite and all(prompt.target is None for prompt in asked):
-            limit = max_new_tokens or _longest_target(self.config)
-            written = self.encoder.rewrite(
-                asked, max_new_tokens=limit, max_tiles=tiles, temperature=temperature, seed=seed
+        chosen = modes.find(mode)
+        asked, pictures = self._asked(prompts, mode, system_prompt)
+        rewrite = self.config.encoder.verifi if rewrite is None else rewrite
+        if tiles is None and chosen is not None:
+            tiles = chosen.tiles
+        max_tiles = self.config.data.tiles_per_image if tiles is None else modes.grid_tiles(tiles)
+        first = self._export(pictures, max_tiles) if pictures else None
+        written = [row for row, prompt in enumerate(asked) if rewrite and prompt.target is None]
+        read = [row for row in range(len(asked)) if row not in set(written)]
+        parts, finished = [], [True] * len(asked)
+        if written:
+            answers = self.encoder.rewrite(
+                [asked[row] for row in written],
+                max_new_tokens=max_new_tokens or _longest_target(self.config),
+                max_tiles=max_tiles,
+                temperature=temperature,
+                top_p=top_p,
+                seed=seed,
             )
-            return Condition(written.texts, written.states)
-        if rewrite:
-            asked = [
-                prompt if prompt.target is not None else self._decoded(prompt, max_new_tokens, temperature, seed)
-                for prompt in asked
-            ]
-        batch = self.encoder.prepare(asked, max_tiles=tiles)
-        texts = [prompt.instruction if prompt.target is None else prompt.target for prompt in asked]
-        return Condition(texts, self.encoder.export(batch))
+            parts.append((written, answers.states))
+            for row, text, whole in zip(written, answers.texts, answers.finished, strict=True):
+                asked[row], finished[row] = dataclasses.replace(asked[row], target=text), whole
+                if not whole:
+                    log.warning("The description of prompt %d did not end; it is cut off where room ends.", row)
+        if read:
+            parts.append((read, self._export([asked[row] for row in read], max_tiles)))
+        return Condition(asked, sampler.joined(parts), first, finished)
+
+    def _asked(
+        self, prompts: Sequence[Prompt | str], mode: str, system_prompt: str | None
+    ) -> tuple[list[Prompt], list[Prompt]]:
+        """Returns the prompts as the encoder is asked, and those of the first steps where the mode switches."""
+        systems = SYSTEM_PROMPTS[self.config.encoder.system_prompts]
+        given = [Prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+        if not given:
+            raise ValueError("No prompts were given.")
+        names = [modes.mode_of(prompt) if mode == modes.AUTO else mode for prompt in given]
+        for name, prompt in zip(names, given, strict=True):
+            modes.check(name, prompt)
+        asked = [modes.shaped(*pair, systems, system_prompt) for pair in zip(names, given, strict=True)]
+        switches = mode != modes.AUTO and modes.MODES[mode].switches
+        return asked, [modes.pictures_only(prompt, systems) for prompt in given] if switches else []
+
+    def _export(self, prompts: Sequence[Prompt], max_tiles: int) -> LayerStates:
+        """Encodes prompts as they are, with lengths rounded up so that few are compiled."""
+        processor = self.encoder.processor
+        rows = [processor.prepare_row(prompt, max_tiles=max_tiles) for prompt in prompts]
+        longest = max(len(row.token_ids) for row in rows)
+        room = min(sampler.round_up(longest), max(longest, self.encoder.config.max_positions))
+        batch = processor.collate(rows, max_tokens=room)
+        return self.encoder.export(batch, max_kept=sampler.round_up(batch.max_kept()))
 
     def generate(
         self,
@@ -157,12 +223,16 @@ class UniFusion:
         steps: int = 30,
         guidance: float = 3.0,
         size: int | tuple[int, int] | None = None,
-        rewrite: bool = True,
+        rewrite: bool | None = None,
         system_prompt: str | None = None,
+        mode: str = modes.AUTO,
+        tiles: int | None = None,
+        switch: float = 0.15,
+        images_per_prompt: int = 1,
         solver: str = "euler",
         guidance_interval: tuple[float, float] = (0.0, 1.0),
     ) -> list[PIL.Image.Image]:
-        """Generates one picture for each prompt.
+        """Generates one picture for each prompt, or several.
 
         Args:
           prompts: strings, or `Prompt`s with reference images.
@@ -170,18 +240,24 @@ class UniFusion:
           steps: solver steps.
           guidance: classifier-free guidance scale; 1 is off.
           size: side in px, or (width, height); the training size when None.
-          rewrite: the encoder describes the picture first (VERIFI); False conditions on the user's own words.
+          rewrite: the encoder describes the picture first (VERIFI); False conditions on the user's own words; None does as
+            the model was trained.
           system_prompt: replaces the task's system message.
+          mode: one of `modes.MODES`; "auto" takes what a prompt's pictures say.
+          tiles: most tiles of a reference picture, see `condition`.
+          switch: in the mode "zero_shot_edit", the share of steps under the picture's tokens.
+          images_per_prompt: pictures of each prompt, from seeds of their own; a prompt is encoded once. The pictures of the
+            first prompt come first.
           solver: "euler" or "heun".
           guidance_interval: times between which guidance acts.
 
         Raises:
           ValueError: no prompts, a size that the model cannot make, or settings out of range.
         """
-        sampling = SamplingConfig(steps, solver, guidance, guidance_interval)
+        sampling = SamplingConfig(steps, solver, guidance, guidance_interval, switch=switch)
         self.check_size(size)
-        condition = self.condition(prompts, rewrite=rewrite, system_prompt=system_prompt)
-        return self.sample(condition, seed=seed, size=size, sampling=sampling)
+        condition = self.condition(prompts, mode=mode, rewrite=rewrite, system_prompt=system_prompt, tiles=tiles)
+        return self.sample(condition, seed=seed, size=size, sampling=sampling, images_per_prompt=images_per_prompt)
 
     def sample(
         self,
@@ -190,34 +266,51 @@ class UniFusion:
         seed: int | Sequence[int] = 0,
         size: int | tuple[int, int] | None = None,
         sampling: SamplingConfig,
+        images_per_prompt: int = 1,
     ) -> list[PIL.Image.Image]:
         """Generates pictures from an encoded condition; see `generate`.
 
         The steps are moved towards noise for the picture's size as in training, on top of `sampling.shift`.
         """
+        options: dict[str, Any] = {"seed": seed, "size": size, "images_per_prompt": images_per_prompt}
+        (done,) = self.sample_in_chunks(condition, **options, sampling=sampling, chunk_steps=sampling.steps)
+        assert done.images is not None
+        return done.images
+
+    def sample_in_chunks(
+        self,
+        condition: Condition,
+        *,
+        seed: int | Sequence[int] = 0,
+        size: int | tuple[int, int] | None = None,
+        sampling: SamplingConfig,
+        images_per_prompt: int = 1,
+        chunk_steps: int = 1,
+    ) -> Iterator[Progress]:
+        """Generates pictures as `sample` does, bit for bit, and tells after every `chunk_steps` steps how far it is.
+
+        Whoever stops asking stops the sampling. Between two chunks the host waits for the device, within one it does not; the
+        compiled loop is the same for any length of them.
+        """
+        if chunk_steps < 1 or images_per_prompt < 1:
+            raise ValueError(
+                f"Expected chunk_steps and images_per_prompt of at least 1, got {chunk_steps} and {images_per_prompt}."
+            )
         width, height = self.check_size(size)
         cells = (height // self.autoencoder.downsample, width // self.autoencoder.downsample)
-        shift = sampling.shift * self.config.flow.shift_for(cells[0] * cells[1])
-        sampling = dataclasses.replace(sampling, shift=shift)
-        states = _padded(condition.states)
-        count = states.mask.shape[0]
-        seeds = [seed + row for row in range(count)] if isinstance(seed, int) else list(seed)
-        if len(seeds) != count:
-            raise ValueError(f"Got {len(seeds)} seeds for {count} prompts; give one seed, or one a prompt.")
-        keys = jnp.stack([stream_key(value, "noise") for value in seeds])
-        images = self._sample(self.params, self.autoencoder.params, states, keys, sampling=sampling, cells=cells)
-        return to_pil(images)
-
-    def _with_system(self, prompt: Prompt, system_prompt: str | None) -> Prompt:
-        if prompt.system is not None:
-            return prompt
-        prompts = SYSTEM_PROMPTS[self.config.encoder.system_prompts]
-        task = "reconstruction" if prompt.target == "" else task_of(len(prompt.images))
-        return dataclasses.replace(prompt, system=prompts.of(task) if system_prompt is None else system_prompt)
-
-    def _decoded(self, prompt: Prompt, max_new_tokens: int | None, temperature: float, seed: int) -> Prompt:
-        one = self.condition([prompt], max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-        return dataclasses.replace(prompt, target=one.texts[0])
+        sampling = dataclasses.replace(sampling, shift=sampling.shift * self.config.flow.shift_for(cells[0] * cells[1]))
+        keys = _noise_keys(seed, len(condition.prompts) * images_per_prompt)
+        phases = (condition.states,) if condition.first is None else (condition.first, condition.states)
+        tokens = sampler.round_up(max(_longest(states) for states in phases))
+        states = tuple(sampler.padded(each, tokens) for each in phases)
+        latents, conditions = sampler.begin(self.params, states, keys, model=self.model_config, cells=cells)
+        for start in range(0, sampling.steps, chunk_steps):
+            stop = min(start + chunk_steps, sampling.steps)
+            latents = sampler.denoise(self.params, latents, conditions, sampling, start, stop, model=self.model_config)
+            if stop < sampling.steps:
+                jax.block_until_ready(latents)
+                yield Progress(stop, sampling.steps)
+        yield Progress(sampling.steps, sampling.steps, to_pil(self.autoencoder.decode(latents)))
 
     def check_size(self, size: int | tuple[int, int] | None) -> tuple[int, int]:
         """Returns (width, height) in px. Raises ValueError for a size that the model cannot make."""
@@ -234,72 +327,18 @@ class UniFusion:
         return width, height
 
 
-def load_frozen(config: TrainConfig, mesh: Any = None) -> tuple[Encoder, Autoencoder]:
-    """Loads the encoder and the autoencoder that a config names."""
-    encoder = encoders.load(
-        config.encoder.path, layers=config.encoder.layers or None, dtype=config.encoder.dtype, mesh=mesh
-    )
-    return encoder, autoencoders.load(config.autoencoder.path, dtype=config.autoencoder.dtype, mesh=mesh)
+def _longest(states: LayerStates) -> int:
+    """Returns the largest number of tokens of a row; a row's tokens stand at its beginning."""
+    return int(np.asarray(states.mask).sum(axis=1).max())
 
 
-def model_config_of(config: TrainConfig, encoder: Encoder) -> ModelConfig:
-    """Returns the sizes that a training config implies for this encoder."""
-    return ModelConfig(len(encoder.layers), encoder.config.decoder.hidden_size, config.conditioning, config.dit)
-
-
-@functools.cache
-def _graphdef(config: ModelConfig) -> Any:
-    return nnx.graphdef(nnx.eval_shape(lambda: UniFusionModel(config, rngs=nnx.Rngs(0))))
-
-
-def _sample(
-    graphdef: Any,
-    autoencoder: Autoencoder,
-    params: weights.Params,
-    autoencoder_params: weights.Params,
-    states: LayerStates,
-    keys: Any,
-    *,
-    sampling: SamplingConfig,
-    cells: tuple[int, int],
-) -> Float[Array, "B h w 3"]:
-    """Condition, the whole solver loop and the decoder as one compiled function."""
-    model: UniFusionModel = nnx.merge(graphdef, params)
-    tokens, mask = model.condition(jnp.asarray(states.states, jnp.float32), jnp.asarray(states.mask))
-    null, null_mask = model.null_condition(*mask.shape)
-
-    def velocity(condition: Float[Array, "B C D"], mask: Bool[Array, "B C"]) -> Any:
-        return lambda x, t: model.velocity(x, t, condition, mask)
-
-    shape = (*cells, model.config.dit.latent_channels)
-    noise = jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
-    latents = integrate(guided(velocity(tokens, mask), velocity(null, null_mask), sampling), noise, sampling)
-    return autoencoder.decode_fn(autoencoder_params, latents)
-
-
-def _padded(states: LayerStates) -> LayerStates:
-    missing = -states.mask.shape[1] % _CONDITION_STEP_TOKENS
-    return jax.tree.map(
-        lambda leaf: np.pad(np.asarray(leaf), [(0, 0), (0, missing)] + [(0, 0)] * (leaf.ndim - 2)), states
-    )
+def _noise_keys(seed: int | Sequence[int], count: int) -> Any:
+    seeds = [seed + row for row in range(count)] if isinstance(seed, int) else list(seed)
+    if len(seeds) != count:
+        raise ValueError(f"Got {len(seeds)} seeds for {count} pictures; give one seed, or one a picture.")
+    return jnp.stack([stream_key(value, "noise") for value in seeds])
 
 
 def _longest_target(config: TrainConfig) -> int:
     budget = config.data.budgets.get("text_to_image")
     return int(budget["max_kept_tokens"]) if budget else 256
-
-
-def check_fit(encoder: Encoder, autoencoder: Autoencoder, model: ModelConfig) -> None:
-    """Raises ValueError naming the dimension in which frozen and trained parts disagree."""
-    pairs = (
-        ("exported layers (encoder.layers)", len(encoder.layers), model.num_layers),
-        ("encoder width (encoder.path)", encoder.config.decoder.hidden_size, model.encoder_size),
-        (
-            "latent channels (autoencoder.path, dit.latent_channels)",
-            autoencoder.latent_channels,
-            model.dit.latent_channels,
-        ),
-    )
-    for name, got, expected in pairs:
-        if got != expected:
-            raise ValueError(f"The frozen networks do not fit the model: {name} is {got}, the model takes {expected}.")

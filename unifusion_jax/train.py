@@ -18,10 +18,14 @@ from ml_collections import config_flags
 from unifusion_jax.config import from_mapping, to_json
 from unifusion_jax.parallel.host_memory import cpu_expected, keep_freed_blocks
 from unifusion_jax.parallel.mesh import make_mesh
-from unifusion_jax.training.checkpoints import check_config, write_config
+from unifusion_jax.training.checkpoints import check_config, latest_step, write_config
 from unifusion_jax.training.config import TrainConfig
 from unifusion_jax.training.loop import NonFiniteError, fit
-from unifusion_jax.training.tasks import make_task
+from unifusion_jax.training.metrics import MetricWriter
+from unifusion_jax.training.phases import phases
+from unifusion_jax.training.state import TrainState
+from unifusion_jax.training.task import Task
+from unifusion_jax.training.tasks import make_task, parameter_shapes
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", help_string="File with a get_config function, e.g. configs/demo.py."
@@ -36,15 +40,8 @@ log = logging.getLogger("unifusion_jax")
 def run(config: TrainConfig, workdir: Path) -> dict[str, float]:
     """Trains, scores and exports; returns the final scores, which are also written to `workdir/result.json`."""
     started = time.perf_counter()
-    recorded = to_json(config)
-    check_config(workdir, recorded)
-    mesh = make_mesh(config.mesh)
-    task = make_task(config, mesh)
-    # Recorded only now: a config that cannot run leaves nothing behind that the mended one would have to be equal to.
-    write_config(workdir, recorded)
-    shapes = jax.eval_shape(task.init, jax.random.key(0))
-    log.info("Trained parameters: %s", f"{parameter_overview.count_parameters(shapes):,}")
-    state, writer = fit(task, config, workdir, mesh)
+    check_config(workdir, to_json(config))
+    task, state, writer = _train(config, workdir)
     trained_s = time.perf_counter() - started
     params = state.inference_params
     task.export(params, workdir / "export")
@@ -56,6 +53,30 @@ def run(config: TrainConfig, workdir: Path) -> dict[str, float]:
         (workdir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
         log.info("Model written to %s. %s", workdir / "export", json.dumps(result))
     return result
+
+
+def _train(config: TrainConfig, workdir: Path) -> tuple[Task, TrainState, MetricWriter]:
+    """Goes through the phases of a run that are still to be done; returns the last one's task, state and open writer."""
+    mesh = make_mesh(config.mesh)
+    plan = phases(config)
+    # Every phase is looked at before the first begins: the second may come days later.
+    shapes = [parameter_shapes(phase.config, mesh) for phase in plan] if len(plan) > 1 else []
+    done = latest_step(workdir)
+    number = sum(done >= phase.until for phase in plan[:-1])
+    while True:
+        phase = plan[number]
+        task = make_task(phase.config, mesh)
+        # Recorded only now: a config that cannot run leaves nothing behind that the mended one would have to be equal to.
+        write_config(workdir, to_json(config))
+        count = parameter_overview.count_parameters(jax.eval_shape(task.init, jax.random.key(0)))
+        log.info("Trained parameters: %s", f"{count:,}")
+        before = shapes[number - 1] if number else None
+        state, writer = fit(task, phase.config, workdir, mesh, phase=phase, before=before)
+        number += 1
+        if number == len(plan):
+            return task, state, writer
+        writer.close()
+        del task, state  # before the next encoder is loaded
 
 
 def main(argv: list[str]) -> None:

@@ -4,6 +4,12 @@ import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
 
+import PIL.Image
+
+from unifusion_jax.data.images import to_pixels
+from unifusion_jax.data.records import Record
+from unifusion_jax.prompt import Prompt
+
 
 @dataclasses.dataclass(frozen=True)
 class SystemPrompts:
@@ -34,6 +40,16 @@ class SystemPrompts:
 def task_of(num_images: int) -> str:
     """Returns the task that a request with this many pictures is, when the user does not say."""
     return ("text_to_image", "edit")[num_images] if num_images < 2 else "multi_reference"
+
+
+def prompt_of(record: Record, prompts: SystemPrompts, *, verifi: bool = True) -> Prompt:
+    """Returns the prompt of a training record: its stored target as the encoder's answer (teacher-forced).
+
+    Without `verifi` the user's own words condition, and no target; image tokens alone stay what they are.
+    """
+    images = [PIL.Image.fromarray(to_pixels(image)) for image in record.images]
+    target = None if record.target and not verifi else record.target
+    return Prompt(record.prompt, images, target=target, system=prompts.of(record.task))
 
 
 _DETAIL = (
@@ -73,5 +89,7 @@ SYSTEM_PROMPTS: Mapping[str, SystemPrompts] = MappingProxyType(
             multi_reference="Describe the combined picture.",
             reconstruction="Describe the picture.",
         ),
+        # For encoders without a system turn, such as T5.
+        "none": SystemPrompts(text_to_image="", joint="", edit="", multi_reference="", reconstruction=""),
     }
 )

@@ -7,7 +7,9 @@ axis, which is how `unifusion_jax.layers.Stack` stores repeated blocks.
 
 import collections
 import dataclasses
+import functools
 import json
+import mmap
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,10 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.flax
 from flax import traverse_util
+
+from unifusion_jax import placement
 
 Params = dict[str, Any]
 Rename = Callable[[str], str | None]
@@ -26,12 +31,22 @@ Rename = Callable[[str], str | None]
 BUNDLED = "bundled:"
 _ASSETS = Path(__file__).parent / "assets"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+_HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")  # configuration, weights, tokenizer
+_DTYPES: dict[str, Any] = {
+    **{"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16},
+    **{"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2, "BOOL": np.bool_},
+    **{"I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8},
+    **{"U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8},
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """A change of layout between a checkpoint tensor and our parameter, with its inverse (None: only ever loaded)."""
+    """A change of layout between a checkpoint tensor and our parameter, with its inverse (None: only ever loaded).
+
+    A `forward` made of transposes, slices and reshapes that split axes is a view: only the slices that devices need are then
+    read. One that has to copy (a reshape that joins axes after a cut, arithmetic) reads its whole tensor.
+    """
 
     forward: Callable[[np.ndarray], np.ndarray]
     inverse: Callable[[np.ndarray], np.ndarray] | None
@@ -45,6 +60,7 @@ def _permute(*order: int) -> Transform:
 IDENTITY = Transform(lambda x: x, lambda x: x)
 LINEAR = _permute(1, 0)  # torch (out, in) -> (in, out)
 CONV = _permute(2, 3, 1, 0)  # torch (out, in, kh, kw) -> (kh, kw, in, out)
+CONV3D = _permute(2, 3, 4, 1, 0)  # torch (out, in, kt, kh, kw) -> (kt, kh, kw, in, out)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,11 +77,18 @@ class Rule:
         return re.compile(re.escape(self.source).replace(r"\{layer\}", r"(?P<layer>\d+)"))
 
 
-def resolve(path: str | os.PathLike[str]) -> Path:
+def resolve(path: str | os.PathLike[str], *, subfolder: str | None = None) -> Path:
     """Returns a local folder for `path`: a folder, a hub id such as "OpenGVLab/InternVL3-1B-hf", or "bundled:demo/encoder".
 
-    Of a hub repository only configuration, tokenizer and safetensors files are fetched. Raises FileNotFoundError when
-    neither exists.
+    Of a hub repository only configuration, tokenizer and safetensors files are fetched, and none of its subfolders.
+
+    Args:
+      path: as above.
+      subfolder: what to take of a pipeline, e.g. "vae": a folder or repository that has no config.json but one in there. Of
+        such a repository only that part is fetched.
+
+    Raises:
+      FileNotFoundError: when there is neither a folder nor a repository.
     """
     folder = Path(path).expanduser()
     if str(path).startswith(BUNDLED):
@@ -74,18 +97,31 @@ def resolve(path: str | os.PathLike[str]) -> Path:
             names = sorted(f"{BUNDLED}{entry.relative_to(_ASSETS)}" for entry in _ASSETS.glob("*/*/"))
             raise FileNotFoundError(f"{str(path)!r} does not come with the package; bundled are {names}.")
     if folder.is_dir():
-        return folder
+        return folder / subfolder if subfolder and _is_pipeline(folder, subfolder) else folder
     if folder.exists() or not _HUB_ID.fullmatch(str(path)):
         raise FileNotFoundError(
             f"No folder {str(path)!r}. Expected a folder with config.json and *.safetensors, or a hub id like 'owner/name'."
         )
+    return _fetch(str(path), subfolder)
+
+
+def _is_pipeline(folder: Path, subfolder: str) -> bool:
+    return not (folder / "config.json").exists() and (folder / subfolder / "config.json").exists()
+
+
+def _fetch(repository: str, subfolder: str | None) -> Path:
     import huggingface_hub
 
+    download = functools.partial(huggingface_hub.snapshot_download, repository)
     try:
-        return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=_HUB_FILES))
+        if subfolder is not None:
+            folder = Path(download(allow_patterns=["config.json", f"{subfolder}/config.json"]))
+            if _is_pipeline(folder, subfolder):
+                return Path(download(allow_patterns=[f"{subfolder}/{name}" for name in _HUB_FILES])) / subfolder
+        return Path(download(allow_patterns=list(_HUB_FILES), ignore_patterns=["*/*"]))
     except (huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(
-            f"{str(path)!r} is neither a local folder nor a hub repository that could be fetched ({type(error).__name__}: "
+            f"{repository!r} is neither a local folder nor a hub repository that could be fetched ({type(error).__name__}: "
             f"{error}). Check the spelling and the network, or download it and pass the folder."
         ) from error
 
@@ -110,25 +146,36 @@ def _listing(folder: Path) -> str:
 
 
 class SafetensorsFolder:
-    """The tensors of a folder's *.safetensors files (one file, or shards with an index), read one at a time on demand."""
+    """The tensors of a folder's *.safetensors files (one file, or shards with an index), mapped and read when looked at.
+
+    Raises:
+      FileNotFoundError: no such files, or fewer than the index lists.
+      ValueError: a truncated file, a broken index, or one tensor in two files.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.file_of: dict[str, Path] = {}
-        for file in self._files():
-            try:
-                with safetensors.safe_open(file, framework="numpy") as reader:
-                    self.file_of.update(dict.fromkeys(reader.keys(), file))
-            except (safetensors.SafetensorError, OSError) as error:
-                raise ValueError(
-                    f"{file} is not a complete safetensors file ({error}); it is probably truncated or still being "
-                    "downloaded. Fetch it again."
-                ) from error
+        self._file_of: dict[str, _File] = {}
+        for path in self._paths():
+            file = _File(path)
+            for name in file.entries:
+                if name in self._file_of:
+                    raise ValueError(
+                        f"{folder}: tensor {name!r} is in both {self._file_of[name].path.name} and {path.name}. Keep one of "
+                        "them, or add the index that says which holds what."
+                    )
+                self._file_of[name] = file
 
-    def _files(self) -> list[Path]:
-        indexes = sorted(self.folder.glob("*.safetensors.index.json"))
+    def _paths(self) -> list[Path]:
+        # Files of a variant (model.fp16.safetensors) count only where there is nothing else.
+        indexes = sorted(
+            self.folder.glob("*.safetensors.index.json"), key=lambda path: (path.name.count("."), path.name)
+        )
         if indexes:
-            names = sorted(set(read_json(indexes[0])["weight_map"].values()))
+            index = read_json(indexes[0]).get("weight_map")
+            if not isinstance(index, dict) or not index:
+                raise ValueError(f"{indexes[0]} has no 'weight_map' of tensor names and files. Fetch it again.")
+            names = sorted(set(index.values()))
             missing = [name for name in names if not (self.folder / name).exists()]
             if missing:
                 raise FileNotFoundError(
@@ -141,16 +188,42 @@ class SafetensorsFolder:
                 f"No *.safetensors file in {self.folder} (got {_listing(self.folder)}). Pickled weights are never loaded: "
                 "convert them to safetensors first."
             )
-        return files
+        return [path for path in files if "." not in path.stem] or files
 
     def names(self) -> list[str]:
         """All tensor names, sorted."""
-        return sorted(self.file_of)
+        return sorted(self._file_of)
 
     def read(self, name: str) -> np.ndarray:
-        """Reads one tensor (bfloat16 as ml_dtypes.bfloat16)."""
-        with safetensors.safe_open(self.file_of[name], framework="flax") as reader:
-            return np.asarray(reader.get_tensor(name))
+        """Returns one tensor as a read-only view of its mapped file (bfloat16 as ml_dtypes.bfloat16)."""
+        return self._file_of[name].view(name)
+
+
+class _File:
+    """One mapped safetensors file: 8 bytes header length, a JSON header of types, shapes and offsets, then the data."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            with safetensors.safe_open(path, framework="numpy"):  # checks the header and that the data is all there
+                pass
+        except (safetensors.SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{path} is not a complete safetensors file ({error}); it is probably truncated or still being "
+                "downloaded. Fetch it again."
+            ) from error
+        with path.open("rb") as file:
+            self._bytes = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+        self._start = 8 + int(self._bytes[:8].view("<u8")[0])
+        header = json.loads(self._bytes[8 : self._start].tobytes())
+        self.entries: dict[str, Any] = {name: entry for name, entry in header.items() if name != "__metadata__"}
+
+    def view(self, name: str) -> np.ndarray:
+        entry = self.entries[name]
+        if entry["dtype"] not in _DTYPES:
+            raise ValueError(f"type: {name} is stored as {entry['dtype']}; known are {', '.join(_DTYPES)}")
+        start, end = (self._start + offset for offset in entry["data_offsets"])
+        return self._bytes[start:end].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
 
 
 def load(
@@ -161,8 +234,12 @@ def load(
     rename: Rename | None = None,
     dtype: Any = None,
     shardings: Params | None = None,
+    finish: Callable[[str, jax.Array], Any] | None = None,
 ) -> Params:
     """Fills a parameter tree from named tensors.
+
+    Each host reads only the slices that its devices hold, and holds no more than two parameters' slices beside the devices'
+    own copies.
 
     Args:
       abstract: pure dict of arrays or `jax.ShapeDtypeStruct`, the tree to fill.
@@ -171,25 +248,19 @@ def load(
       rename: maps any spelling of a name to the table's, or to None to leave the tensor out.
       dtype: type to store; the abstract leaf's own when None.
       shardings: tree like `abstract` of `jax.sharding.Sharding`; the default device when None.
+      finish: gets each parameter's dotted path and array as soon as it is loaded, and returns what to keep in its place
+        (for example a quantised one), so that the tree is never whole in the loaded type.
 
     Raises:
-      ValueError: with all missing, unexpected and misshapen tensors listed together.
+      ValueError: with all missing, unexpected and misshapen tensors listed together, before any is read.
     """
     wanted: dict[str, Any] = dict(traverse_util.flatten_dict(abstract, sep="."))
     placed: dict[str, Any] = dict(traverse_util.flatten_dict(shardings, sep=".")) if shardings else {}
-    parts, problems = _assign(list(_names(source)), rules, rename, set(wanted))
+    names = source.names() if isinstance(source, SafetensorsFolder) else source
+    read = source.read if isinstance(source, SafetensorsFolder) else lambda name: np.asarray(source[name])
+    parts, problems = _assign(names, rules, rename, set(wanted))
     problems += [f"missing: {target}" for target in sorted(wanted) if target not in parts]
-    read = source.read if isinstance(source, SafetensorsFolder) else source.__getitem__
-    filled: dict[str, Any] = {}
-    for target, pieces in parts.items():
-        leaf = wanted[target]
-        try:
-            value = _assemble(target, leaf, pieces, read, np.dtype(dtype or leaf.dtype))
-        except ValueError as error:
-            problems.append(str(error))
-            continue
-        if not problems:
-            filled[target] = jax.device_put(value, placed.get(target))
+    problems += _check(wanted, parts, read)
     if problems:
         where = source.folder if isinstance(source, SafetensorsFolder) else "the given tensors"
         shown = "\n  ".join(problems[:40] + ([f"and {len(problems) - 40} more"] if len(problems) > 40 else []))
@@ -197,18 +268,29 @@ def load(
             f"{len(problems)} weights of {where} do not fit this architecture. Is config.json the one the weights were saved "
             f"with?\n  {shown}"
         )
+    filled: dict[str, Any] = {}
+    previous = None
+    with placement.copy_threads() as threads:
+        for target, pieces in parts.items():
+            leaf = wanted[target]
+            ready = [placement.Piece(layer, _reader(read, name, how)) for layer, name, how in pieces]
+            value = placement.assemble(leaf.shape, dtype or leaf.dtype, ready, placed.get(target), threads)
+            filled[target] = value if finish is None else finish(target, value)
+            del value
+            jax.block_until_ready(previous)  # one transfer overlaps the next copy; more would pile up on the host
+            previous = filled[target]
     return traverse_util.unflatten_dict(filled, sep=".")
 
 
-def _names(source: SafetensorsFolder | Mapping[str, np.ndarray]) -> Iterable[str]:
-    return source.names() if isinstance(source, SafetensorsFolder) else source
+def _reader(read: Callable[[str], np.ndarray], name: str, transform: Transform) -> Callable[[], np.ndarray]:
+    return lambda: transform.forward(read(name))
 
 
 _Piece = tuple[int | None, str, Transform]
 
 
 def _assign(
-    names: list[str], rules: Sequence[Rule], rename: Rename | None, wanted: set[str]
+    names: Iterable[str], rules: Sequence[Rule], rename: Rename | None, wanted: set[str]
 ) -> tuple[dict[str, list[_Piece]], list[str]]:
     """Matches names to rules: parameter path -> [(layer or None, tensor name, transform)], and the unexpected names."""
     exact = collections.defaultdict(list)
@@ -236,33 +318,40 @@ def _assign(
     return dict(parts), problems
 
 
-def _assemble(
-    target: str, leaf: Any, pieces: list[_Piece], read: Callable[[str], np.ndarray], dtype: np.dtype
-) -> np.ndarray:
-    """Reads the tensors of one parameter, stacking layers straight into the array that is returned."""
-    if pieces[0][0] is None:
-        if len(pieces) > 1:
-            raise ValueError(f"ambiguous: {target} is given by {[name for _, name, _ in pieces]}")
-        value = pieces[0][2].forward(read(pieces[0][1]))
-        _check_shape(target, pieces[0][1], value.shape, leaf.shape)
-        return np.ascontiguousarray(value.astype(dtype))
-    layers = {
-        layer: (name, transform) for layer, name, transform in pieces if layer is not None and layer < leaf.shape[0]
-    }
-    absent = sorted(set(range(leaf.shape[0])) - set(layers))
-    if absent:
-        raise ValueError(f"missing: {target} for layers {absent}")
-    stacked = np.empty(leaf.shape, dtype)
-    for layer, (name, transform) in layers.items():
-        value = transform.forward(read(name))
-        _check_shape(target, name, value.shape, leaf.shape[1:])
-        stacked[layer] = value
-    return stacked
+def _check(
+    wanted: Mapping[str, Any], parts: Mapping[str, list[_Piece]], read: Callable[[str], np.ndarray]
+) -> list[str]:
+    """Lists the parameters whose tensors do not cover them, without reading any."""
+    known: dict[tuple[Any, ...], tuple[int, ...]] = {}
 
+    def shape_of(name: str, transform: Transform) -> tuple[int, ...]:
+        key = (transform, read(name).shape)
+        if key not in known:
+            known[key] = transform.forward(np.broadcast_to(np.int8(0), key[1])).shape
+        return known[key]
 
-def _check_shape(target: str, name: str, got: tuple[int, ...], expected: tuple[int, ...]) -> None:
-    if tuple(got) != tuple(expected):
-        raise ValueError(f"shape: {name} -> {target}: got {tuple(got)}, the config expects {tuple(expected)}")
+    problems = []
+    for target, pieces in parts.items():
+        expected = tuple(wanted[target].shape)
+        stacked = pieces[0][0] is not None
+        given = collections.Counter(layer for layer, _, _ in pieces)
+        if any(count > 1 for count in given.values()):
+            problems.append(f"ambiguous: {target} is given by {[name for _, name, _ in pieces]}")
+            continue
+        if stacked and (absent := sorted(set(range(expected[0])) - set(given))):
+            problems.append(f"missing: {target} for layers {absent}")
+        for layer, name, transform in pieces:
+            if layer is not None and layer >= expected[0]:
+                problems.append(f"unexpected: {name} (the config has {expected[0]} layers)")
+                continue
+            try:
+                got = shape_of(name, transform)
+            except ValueError as error:
+                problems.append(f"shape: {name} -> {target}: got {read(name).shape}, {error}")
+                continue
+            if got != expected[stacked:]:
+                problems.append(f"shape: {name} -> {target}: got {got}, the config expects {expected[stacked:]}")
+    return problems
 
 
 def to_tensors(params: Params, rules: Sequence[Rule], *, dtype: Any = None) -> dict[str, np.ndarray]:
@@ -279,6 +368,11 @@ def to_tensors(params: Params, rules: Sequence[Rule], *, dtype: Any = None) -> d
         if rule.target not in flat or inverse is None:
             continue
         written.add(rule.target)
+        if not hasattr(flat[rule.target], "dtype"):
+            raise ValueError(
+                f"{rule.target} is quantised ({type(flat[rule.target]).__name__}): what was rounded away cannot be written. "
+                "Load the weights without quantize."
+            )
         value = np.asarray(flat[rule.target])
         value = value if dtype is None else value.astype(dtype)
         if "{layer}" in rule.source:

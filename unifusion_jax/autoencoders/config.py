@@ -2,23 +2,29 @@
 
 import dataclasses
 import math
-import warnings
 from collections.abc import Mapping
 from typing import Any
+
+from unifusion_jax.autoencoders.latents import (
+    PACK_KEY,
+    LatentConfig,
+    Statistics,
+    check_statistics,
+    default_pack,
+    listed,
+    read_fields,
+)
 
 PLAIN_DOWN, ATTENTION_DOWN = "DownEncoderBlock2D", "AttnDownEncoderBlock2D"
 PLAIN_UP, ATTENTION_UP = "UpDecoderBlock2D", "AttnUpDecoderBlock2D"
 
 CLASS_NAME, FLUX2_CLASS_NAME = "AutoencoderKL", "AutoencoderKLFlux2"
-SUPPORTED_CLASS_NAMES = (CLASS_NAME, FLUX2_CLASS_NAME)
 
-# Our own key in config.json, written only where the packing differs from the default; diffusers ignores it.
-_PACK_KEY = "unifusion_pack"
-_IGNORED_KEYS = frozenset({"act_fn", "sample_size", "force_upcast", "batch_norm_momentum", "patch_size", _PACK_KEY})
+_IGNORED_KEYS = frozenset({"act_fn", "sample_size", "force_upcast", "batch_norm_momentum", "patch_size"})
 
 
 @dataclasses.dataclass(frozen=True)
-class AutoencoderKLConfig:
+class AutoencoderKLConfig(LatentConfig):
     """An image autoencoder with a Gaussian posterior: Stable Diffusion, SD3, FLUX.1, FLUX.2, LDM's kl-f16, VA-VAE.
 
     The latents that leave it are normalised: `(z - mean) / std`. Where mean and std come from, first match:
@@ -99,8 +105,7 @@ class AutoencoderKLConfig:
             raise ValueError(f"norm_num_groups={self.norm_num_groups} must divide every width, got widths {odd}.")
 
     def _check_normalisation(self) -> None:
-        if self.pack not in (1, 2):
-            raise ValueError(f"pack must be 1 (none) or 2 (2x2 cells), got {self.pack}.")
+        self.check_pack()
         if self.scaling_factor <= 0:
             raise ValueError(f"scaling_factor must be positive, got {self.scaling_factor}.")
         if (self.latents_mean is None) != (self.latents_std is None):
@@ -109,12 +114,7 @@ class AutoencoderKLConfig:
             return
         if self.shift_factor is not None:
             raise ValueError("shift_factor and latents_mean both shift the latents; give one of them.")
-        lengths = (len(self.latents_mean), len(self.latents_std))
-        if lengths != (self.z_channels, self.z_channels) or min(self.latents_std) <= 0:
-            raise ValueError(
-                f"latents_mean and latents_std need {self.z_channels} entries, one per channel, and positive standard "
-                f"deviations; got {lengths[0]} and {lengths[1]} entries, latents_std={self.latents_std}."
-            )
+        check_statistics(self.latents_mean, self.latents_std, self.z_channels)
 
     @property
     def decoder_widths(self) -> tuple[int, ...]:
@@ -122,18 +122,31 @@ class AutoencoderKLConfig:
         return self.decoder_block_out_channels or self.block_out_channels
 
     @property
-    def downsample(self) -> int:
-        """Side, in pixels, of the square that one latent cell stands for, packing included."""
-        return self.pack * 2 ** (len(self.block_out_channels) - 1)
+    def image_channels(self) -> int:
+        """Channels of the images that go in."""
+        return self.in_channels
 
     @property
-    def latent_channels(self) -> int:
-        """Channels of the latents that `encode` returns, packing included."""
-        return self.z_channels * self.pack**2
+    def cell_px(self) -> int:
+        """Side, in pixels, of the square that one cell of z stands for."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+    @property
+    def statistics(self) -> Statistics:
+        """Mean and standard deviation of z, where they are not among the weights."""
+        if self.latents_mean is not None and self.latents_std is not None:
+            return self.latents_mean, tuple(std / self.scaling_factor for std in self.latents_std)
+        return (self.shift_factor or 0.0,), (1.0 / self.scaling_factor,)
+
+    def with_statistics(self, mean: tuple[float, ...], std: tuple[float, ...]) -> "AutoencoderKLConfig":
+        """Returns this config with other statistics in config.json, one per channel of z."""
+        return dataclasses.replace(
+            self, scaling_factor=1.0, shift_factor=None, latents_mean=mean, latents_std=std, batch_norm_eps=None
+        )
 
     @classmethod
     def from_diffusers(cls, values: Mapping[str, Any], *, pack: int | None = None) -> "AutoencoderKLConfig":
-        """Reads the content of a diffusers `config.json`, whose `_class_name` decides the kind.
+        """Reads the content of the `config.json` of an AutoencoderKL or AutoencoderKLFlux2.
 
         Args:
           values: the JSON object.
@@ -141,29 +154,17 @@ class AutoencoderKLConfig:
             resolution three times, and FLUX.2), else 1.
 
         Raises:
-          ValueError: for a class that is not supported, listing those that are, and for values that do not fit.
+          ValueError: for values that do not fit.
         """
-        name = values.get("_class_name")
-        if name not in SUPPORTED_CLASS_NAMES:
-            raise ValueError(
-                f"config.json names the class {name!r}, which is not a supported autoencoder. Supported _class_name "
-                f"values: {', '.join(SUPPORTED_CLASS_NAMES)}."
-            )
         if values.get("act_fn", "silu") != "silu":
             raise ValueError(
                 f"act_fn must be 'silu', the only activation of published weights, got {values['act_fn']!r}."
             )
-        flux2 = name == FLUX2_CLASS_NAME
-        known = {"latent_channels" if f.name == "z_channels" else f.name: f.name for f in dataclasses.fields(cls)}
-        if unknown := sorted(k for k in values if not k.startswith("_") and k not in known and k not in _IGNORED_KEYS):
-            warnings.warn(
-                f"config.json has keys that {name} does not know and that are left out: {unknown}", stacklevel=2
-            )
-        given = {known[key]: _tupled(value) for key, value in values.items() if key in known}
+        flux2 = values.get("_class_name") == FLUX2_CLASS_NAME
+        given = read_fields(cls, values, renamed={"latent_channels": "z_channels"}, ignored=_IGNORED_KEYS)
         given = (_FLUX2_DEFAULTS if flux2 else _DIFFUSERS_DEFAULTS) | given
-        usual_pack = _patch_side(values) if flux2 else _default_pack(len(given["block_out_channels"]))
-        fields: dict[str, Any] = given | {"pack": pack or values.get(_PACK_KEY) or usual_pack}
-        return cls(**fields)
+        usual_pack = _patch_side(values) if flux2 else default_pack(2 ** (len(given["block_out_channels"]) - 1))
+        return cls(**given, pack=pack or values.get(PACK_KEY) or usual_pack)
 
     def to_diffusers(self) -> dict[str, Any]:
         """Returns the content of a `config.json` that diffusers' class of the same name loads."""
@@ -178,9 +179,9 @@ class AutoencoderKLConfig:
         else:
             for key in ("batch_norm_eps", "decoder_block_out_channels"):
                 del values[key]
-            if pack != _default_pack(len(self.block_out_channels)):
-                values[_PACK_KEY] = pack
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in sorted(values.items())}
+            if pack != default_pack(self.cell_px):
+                values[PACK_KEY] = pack
+        return listed(values)
 
     @classmethod
     def flux2(cls) -> "AutoencoderKLConfig":
@@ -232,15 +233,6 @@ _DIFFUSERS_DEFAULTS: dict[str, Any] = {
     "scaling_factor": 0.18215,
 }
 _FLUX2_DEFAULTS: dict[str, Any] = {"block_out_channels": (128, 256, 512, 512), "z_channels": 32, "batch_norm_eps": 1e-4}
-
-
-def _tupled(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _default_pack(levels: int) -> int:
-    """Packs 2x2 where that makes the compression 16, the paper's."""
-    return 2 if 2 ** (levels - 1) == 8 else 1
 
 
 def _patch_side(values: Mapping[str, Any]) -> int:

@@ -1,81 +1,61 @@
-"""From layer states to condition tokens: pooling, refining and projecting, as one module with one signature."""
+"""From layer states to what the DiT is told: one module with one signature, a class for each strategy."""
 
 import dataclasses
-import difflib
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from unifusion_jax.conditioning.lap import LAP, LAPConfig
-from unifusion_jax.conditioning.refiner import Refiner, RefinerConfig
-from unifusion_jax.layers import Remat, linear
+from unifusion_jax.conditioning.config import ConditioningConfig
+from unifusion_jax.conditioning.lap import LAP
+from unifusion_jax.conditioning.refiner import Refiner
+from unifusion_jax.dit.condition import Condition
+from unifusion_jax.dit.transformer import DiTConfig
+from unifusion_jax.layers import Remat, RMSNorm, linear
 
-STRATEGIES = ("lap",)
 
+class Conditioner(nnx.Module):
+    """What all strategies share: the refiner, before or behind what a strategy makes of the states in `made`."""
 
-@dataclasses.dataclass(frozen=True)
-class ConditioningConfig:
-    """How the encoder's layer states become the DiT's condition tokens.
+    config: ConditioningConfig
+    refiner: Any
 
-    Attributes:
-      strategy: "lap" is the paper's model.
-      lap_blocks: transformer blocks over the layer axis.
-      lap_heads: their attention heads.
-      lap_ffn_ratio: their feed-forward width over the encoder's width.
-      layer_embedding: a learned vector per layer at LAP's input.
-      refiner_blocks: bidirectional blocks; 0 turns the refiner off.
-      refiner_heads: their attention heads.
-      refiner_ffn_ratio: their feed-forward width over the width they work in.
-      refiner_position: "after_lap" (paper, section 4) or "before_lap" (section 3), where the refiner sees every layer's
-        sequence at the encoder's width.
-    """
-
-    strategy: str = "lap"
-    lap_blocks: int = 2
-    lap_heads: int = 28
-    lap_ffn_ratio: float = 2.0
-    layer_embedding: bool = True
-    refiner_blocks: int = 2
-    refiner_heads: int = 32
-    refiner_ffn_ratio: float = 2.0
-    refiner_position: str = "after_lap"
-
-    def __post_init__(self):
-        if self.strategy not in STRATEGIES:
-            near = difflib.get_close_matches(self.strategy, STRATEGIES, 1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"conditioning.strategy must be one of {list(STRATEGIES)}, got {self.strategy!r}.{hint}")
-        if self.refiner_position not in ("after_lap", "before_lap"):
-            raise ValueError(
-                f"conditioning.refiner_position must be 'after_lap' or 'before_lap', got {self.refiner_position!r}."
-            )
-
-    def lap(self, num_layers: int, encoder_size: int) -> LAPConfig:
-        """Sizes of LAP for an encoder that exports `num_layers` states of width `encoder_size`."""
-        return LAPConfig(
-            num_layers,
-            encoder_size,
-            self.lap_heads,
-            _round_to(encoder_size * self.lap_ffn_ratio, 16),
-            self.lap_blocks,
-            self.layer_embedding,
+    def _add_refiner(self, config: ConditioningConfig, encoder_size: int, dit: DiTConfig, **options: Any) -> None:
+        """Called last by constructors."""
+        self.config = config
+        self.refiner = (
+            Refiner(config.refiner(encoder_size, dit.hidden_size), **options) if config.refines else nnx.data(None)
         )
 
-    def refiner(self, encoder_size: int, model_size: int) -> RefinerConfig:
-        """Sizes of the refiner at the width its position implies."""
-        width = model_size if self.refiner_position == "after_lap" else encoder_size
-        return RefinerConfig(
-            width, self.refiner_heads, _round_to(width * self.refiner_ffn_ratio, 16), self.refiner_blocks
-        )
+    def normalised(self, states: Float[Array, "B C N H"]) -> Float[Array, "B C N H"]:
+        """Returns the states as a refiner before this strategy sees them, no layer's scale dominating."""
+        wide = states.astype(jnp.float32)
+        return (wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + 1e-6)).astype(states.dtype)
+
+    def made(self, states: Float[Array, "B C N H"], mask: Bool[Array, "B C"], *, remat: Remat | None) -> Condition:
+        """Makes the condition of the states; the strategy itself."""
+        raise NotImplementedError
+
+    def __call__(
+        self, states: Float[Array, "B C N H"], mask: Bool[Array, "B C"], *, remat: Remat | None = None
+    ) -> Condition:
+        """Returns the condition of a batch of exported states, in the compute dtype."""
+        batch, tokens, layers, width = states.shape
+        if self.refiner is not None and self.config.refiner_position == "before_lap":
+            # Every layer is a sequence of its own here.
+            rows = self.normalised(states).swapaxes(1, 2).reshape(batch * layers, tokens, width)
+            rows = self.refiner(rows, jnp.repeat(mask, layers, axis=0), remat=remat)
+            states = rows.reshape(batch, layers, tokens, width).swapaxes(1, 2)
+        condition = self.made(states, mask, remat=remat)
+        if self.refiner is not None and self.config.refiner_position == "after_lap":
+            refined = self.refiner(condition.tokens, condition.mask, remat=remat)
+            condition = dataclasses.replace(condition, tokens=refined)
+        return condition
 
 
-def _round_to(value: float, multiple: int) -> int:
-    return max(multiple, round(value / multiple) * multiple)
-
-
-class LAPConditioner(nnx.Module):
+class LAPConditioner(Conditioner):
     """LAP, the refiner and the projection to the DiT's width (paper, figure 1)."""
 
     def __init__(
@@ -84,30 +64,53 @@ class LAPConditioner(nnx.Module):
         *,
         num_layers: int,
         encoder_size: int,
-        model_size: int,
+        dit: DiTConfig,
         dtype: Any = jnp.float32,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        self.config = config
         options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.lap = LAP(config.lap(num_layers, encoder_size), **options)
-        self.project = linear(encoder_size, model_size, ("embed", "embed_out"), bias=True, **options)
-        self.refiner = (
-            Refiner(config.refiner(encoder_size, model_size), **options) if config.refiner_blocks else nnx.data(None)
-        )
+        self.project = linear(encoder_size, dit.hidden_size, ("embed", "embed_out"), bias=True, **options)
+        self._add_refiner(config, encoder_size, dit, **options)
 
-    def __call__(
-        self, states: Float[Array, "B C N H"], mask: Bool[Array, "B C"], *, remat: Remat | None = None
-    ) -> Float[Array, "B C D"]:
-        """Returns condition tokens at the DiT's width."""
-        batch, tokens, layers, width = states.shape
-        if self.refiner is not None and self.config.refiner_position == "before_lap":
-            # Every layer is a sequence of its own here, normalised as LAP would so that no layer's scale dominates.
-            rows = self.lap.norm(states).swapaxes(1, 2).reshape(batch * layers, tokens, width)
-            rows = self.refiner(rows, jnp.repeat(mask, layers, axis=0), remat=remat)
-            states = rows.reshape(batch, layers, tokens, width).swapaxes(1, 2)
-        x = self.project(self.lap(states, remat=remat))
-        if self.refiner is not None and self.config.refiner_position == "after_lap":
-            x = self.refiner(x, mask, remat=remat)
-        return x
+    def normalised(self, states: Float[Array, "B C N H"]) -> Float[Array, "B C N H"]:
+        """Returns the states normalised as LAP does."""
+        return self.lap.norm(states)
+
+    def made(self, states: Float[Array, "B C N H"], mask: Bool[Array, "B C"], *, remat: Remat | None) -> Condition:
+        """Pools the layers of each token."""
+        return Condition(self.project(self.lap(states, remat=remat)), mask)
+
+
+class LayerConditioner(Conditioner):
+    """One layer as a drop-in replacement of a text encoder's output (paper, section 2.1; the T5 baseline).
+
+    The encoder has applied its own final norm where the layer is the last. The norm here gives any layer unit scale, with a
+    learned weight for each channel.
+    """
+
+    def __init__(
+        self,
+        config: ConditioningConfig,
+        *,
+        num_layers: int,
+        encoder_size: int,
+        dit: DiTConfig,
+        dtype: Any = jnp.float32,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.dtype = dtype
+        self.norm = RMSNorm(encoder_size, param_dtype=param_dtype)
+        self.project = linear(encoder_size, dit.hidden_size, ("embed", "embed_out"), bias=True, **options)
+        self._add_refiner(config, encoder_size, dit, **options)
+
+    def normalised(self, states: Float[Array, "B C N H"]) -> Float[Array, "B C N H"]:
+        """Returns the states after the norm."""
+        return self.norm(states)
+
+    def made(self, states: Float[Array, "B C N H"], mask: Bool[Array, "B C"], *, remat: Remat | None) -> Condition:
+        """Normalises and projects the one layer."""
+        return Condition(self.project(self.norm(states[:, :, 0].astype(self.dtype))), mask)

@@ -1,7 +1,6 @@
 """The preparation job: entries in, record shards and a report out; what is broken is skipped, counted and listed.
 
-Shard k of n takes the k-th n-th of the entries, so the output depends on the input and the options alone, and a job
-that was stopped goes on with the first unfinished shard. Every file appears under its final name only when it is whole.
+Shard k of n takes the k-th n-th of the entries, so the output depends on the input and the options alone.
 """
 
 import collections
@@ -12,23 +11,17 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import tqdm
 
 from unifusion_jax.data import images, importers, records, shards
+from unifusion_jax.data.jobs import JobError, Outcome, ShardedOutput, Skipped
 
-REPORT_FILE = "report.json"
-_PROGRESS_FOLDER = ".progress"
 _ENTRIES_PER_SHARD = 2048
 _MAX_SHARDS = 1024
 _CHUNK = 64  # entries decoded side by side
 # Left out on purpose or for nothing; these do not count against max_skipped_share.
 FILTERED = ("too_small", "duplicate")
-
-
-class PrepareError(ValueError):
-    """The job cannot start, or had to stop."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,81 +56,16 @@ class Settings:
 
     def __post_init__(self):
         if not 0 <= self.shards <= 99_999:
-            raise PrepareError(f"shards must lie in [0, 99999] (0 chooses), got {self.shards}")
+            raise JobError(f"shards must lie in [0, 99999] (0 chooses), got {self.shards}")
         if not 0 <= self.max_skipped_share <= 1:
-            raise PrepareError(f"max_skipped_share is a share in [0, 1], got {self.max_skipped_share}")
+            raise JobError(f"max_skipped_share is a share in [0, 1], got {self.max_skipped_share}")
         if self.min_side_px < 0 or self.threads < 1:
-            raise PrepareError(f"expected min_side_px >= 0 and threads >= 1, got {self.min_side_px} and {self.threads}")
+            raise JobError(f"expected min_side_px >= 0 and threads >= 1, got {self.min_side_px} and {self.threads}")
         if not 1 <= self.max_pixels <= images.MAX_PIXELS:
-            raise PrepareError(
+            raise JobError(
                 f"max_pixels must lie in [1, {images.MAX_PIXELS}] (what training decodes), got {self.max_pixels}; "
                 "make larger images smaller first"
             )
-
-
-@dataclasses.dataclass(frozen=True)
-class Skipped:
-    """An entry that did not become a record."""
-
-    reason: str
-    file: str
-    where: str
-    message: str
-
-
-@dataclasses.dataclass
-class Outcome:
-    """What a job did.
-
-    Attributes:
-      input: where the entries are from.
-      entries: how many there are.
-      written: records, by task.
-      skipped: what was left out.
-      stopped: why the job ended early, None when it is complete.
-    """
-
-    input: str
-    entries: int
-    written: collections.Counter = dataclasses.field(default_factory=collections.Counter)
-    skipped: list[Skipped] = dataclasses.field(default_factory=list)
-    stopped: str | None = None
-
-    @property
-    def broken(self) -> int:
-        """Skipped entries that count against `max_skipped_share`."""
-        return sum(skip.reason not in FILTERED for skip in self.skipped)
-
-    def as_json(self) -> dict[str, Any]:
-        """The content of `report.json`."""
-        by_reason: dict[str, list[dict[str, str]]] = {}
-        for skip in self.skipped:
-            entry = {"file": skip.file, "where": skip.where, "message": skip.message}
-            by_reason.setdefault(skip.reason, []).append(entry)
-        return {
-            "input": self.input,
-            "complete": self.stopped is None,
-            "stopped": self.stopped,
-            "entries": self.entries,
-            "written": self.written.total(),
-            "tasks": dict(self.written),
-            "skipped": len(self.skipped),
-            "skipped_by_reason": {reason: len(entries) for reason, entries in sorted(by_reason.items())},
-            "skipped_files": dict(sorted(by_reason.items())),
-        }
-
-    def summary(self, files_per_reason: int = 5) -> str:
-        """The report for people."""
-        tasks = ", ".join(f"{count} {task}" for task, count in self.written.items()) or "none"
-        lines = [f"{self.entries} entries: {self.written.total()} records ({tasks}), {len(self.skipped)} skipped"]
-        for reason, entries in self.as_json()["skipped_files"].items():
-            lines.append(f"  {reason}: {len(entries)}")
-            lines += [
-                f"    {entry['file']} ({entry['where']}): {entry['message']}" for entry in entries[:files_per_reason]
-            ]
-            if len(entries) > files_per_reason:
-                lines.append(f"    ... and {len(entries) - files_per_reason} more, all in {REPORT_FILE}")
-        return "\n".join(lines)
 
 
 def prepare(settings: Settings, *, progress: bool = True) -> Outcome:
@@ -152,7 +80,7 @@ def prepare(settings: Settings, *, progress: bool = True) -> Outcome:
       again goes on from there.
 
     Raises:
-      PrepareError: the output folder is in use by something else.
+      JobError: the output folder is in use by something else.
       importers.InputError: the input's metadata is malformed; nothing was written.
     """
     entries = importers.list_entries(settings.input, task=settings.task, rename=settings.rename)
@@ -165,86 +93,53 @@ class _Job:
     def __init__(self, settings: Settings, entries: Sequence[importers.Entry]):
         self.settings = settings
         self.entries = entries
-        self.outcome = Outcome(settings.input, len(entries))
-        self.folder = Path(settings.output)
-        self.shards = settings.shards or min(_MAX_SHARDS, math.ceil(len(entries) / _ENTRIES_PER_SHARD))
-        self.shards = min(self.shards, len(entries))
-        self.paths = [shards.shard_path(self.folder, "records", shard, self.shards) for shard in range(self.shards)]
+        self.outcome = Outcome(settings.input, len(entries), FILTERED)
+        wanted = settings.shards or min(_MAX_SHARDS, math.ceil(len(entries) / _ENTRIES_PER_SHARD))
+        num_shards = min(wanted, len(entries))
         seen: set[str] = set()
         self.repeated = set()
         for position, entry in enumerate(entries):
             if entry.id in seen:
                 self.repeated.add(position)
             seen.add(entry.id)
-        facts = [settings.task, settings.min_side_px, settings.max_pixels, self.shards, [entry.id for entry in entries]]
-        self.fingerprint = hashlib.blake2b(json.dumps(facts).encode(), digest_size=8).hexdigest()
+        facts = [settings.task, settings.min_side_px, settings.max_pixels, num_shards, [entry.id for entry in entries]]
+        fingerprint = hashlib.blake2b(json.dumps(facts).encode(), digest_size=8).hexdigest()
+        self.output = ShardedOutput(Path(settings.output), num_shards, fingerprint)
 
     def run(self, bar: tqdm.tqdm) -> Outcome:
-        finished = {} if self.settings.dry_run else self._open_output()
+        finished = {} if self.settings.dry_run else self.output.open(overwrite=self.settings.overwrite)
         done: list[Path] = []
         with concurrent.futures.ThreadPoolExecutor(self.settings.threads) as pool:
-            for shard, path in enumerate(self.paths):
-                start, stop = (len(self.entries) * edge // self.shards for edge in (shard, shard + 1))
+            for shard, path in enumerate(self.output.paths):
+                positions = self.output.entries_of(shard, len(self.entries))
                 if shard in finished:
-                    self._count(finished[shard])
-                    bar.update(stop - start)
+                    self.outcome.add(finished[shard])
+                    bar.update(len(positions))
                 elif self.settings.dry_run:
-                    for _ in self._load(pool, range(start, stop), bar):
+                    for _ in self._load(pool, positions, bar):
                         pass
                 else:
-                    self._write_shard(shard, self._load(pool, range(start, stop), bar))
+                    self._write_shard(shard, self._load(pool, positions, bar))
                 done.append(path)
                 if self.outcome.stopped:
                     break
         if not self.outcome.written and not self.outcome.stopped:
             self.outcome.stopped = "not one entry could be used"
         if not self.settings.dry_run:
-            self._finish(done)
+            self.output.finish(done, self.outcome)
         return self.outcome
-
-    def _open_output(self) -> dict[int, dict[str, Any]]:
-        """Makes sure that the folder is ours; the progress of finished shards by number."""
-        folder, progress = self.folder, self.folder / _PROGRESS_FOLDER
-        if self.settings.overwrite:
-            _remove_dataset(folder)
-        if folder.exists() and not folder.is_dir():
-            raise PrepareError(f"{folder} is a file; --output must be a folder")
-        folder.mkdir(parents=True, exist_ok=True)
-        if not progress.exists() and any(folder.iterdir()):
-            what = "a finished data set" if (folder / shards.DATASET_FILE).exists() else "other files"
-            raise PrepareError(
-                f"{folder} already holds {what}; choose another --output, or replace it with --overwrite"
-            )
-        progress.mkdir(exist_ok=True)
-        finished = {}
-        for file in sorted(progress.glob("*.json")):
-            state = json.loads(file.read_text(encoding="utf-8"))
-            if state["fingerprint"] != self.fingerprint:
-                raise PrepareError(
-                    f"{folder} holds an unfinished data set made from other input or with other options; "
-                    "repeat the command that began it, choose another --output, or start anew with --overwrite"
-                )
-            if state["done"] and self.paths[int(file.stem)].exists():
-                finished[int(file.stem)] = state
-        return finished
 
     def _write_shard(self, shard: int, loaded: Iterator[tuple[records.Record, tuple[int, int]]]) -> None:
         before = len(self.outcome.skipped)
         written: collections.Counter = collections.Counter()
-        with shards.ShardWriter(self.paths[shard]) as writer:
+        with shards.ShardWriter(self.output.paths[shard]) as writer:
             try:
                 for record, size_px in loaded:
                     writer.add(record, size_px)
                     written[record.task] += 1
             except KeyboardInterrupt:
                 self.outcome.stopped = "interrupted"  # what is written so far is still committed
-        state = {
-            "fingerprint": self.fingerprint,
-            "done": self.outcome.stopped is None,
-            "written": dict(written),
-            "skipped": [dataclasses.asdict(skip) for skip in self.outcome.skipped[before:]],
-        }
-        shards.write_json(self.folder / _PROGRESS_FOLDER / f"{shard:05d}.json", state)
+        self.output.note(shard, self.outcome.stopped is None, written, self.outcome.skipped[before:])
 
     def _load(
         self, pool: concurrent.futures.Executor, positions: range, bar: tqdm.tqdm
@@ -294,30 +189,3 @@ class _Job:
             "or allow more with --max_skipped_share, and run the same command again to go on"
         )
         return True
-
-    def _count(self, state: dict[str, Any]) -> None:
-        self.outcome.written.update(state["written"])
-        self.outcome.skipped += [Skipped(**skip) for skip in state["skipped"]]
-
-    def _finish(self, done: Sequence[Path]) -> None:
-        """Describes what there is; a complete job leaves no traces of its progress."""
-        complete = self.outcome.stopped is None
-        shards.write_dataset_file(self.folder, done, complete=complete)
-        shards.write_json(self.folder / REPORT_FILE, self.outcome.as_json())
-        if complete:
-            _remove_progress(self.folder)
-
-
-def _remove_progress(folder: Path) -> None:
-    for file in (folder / _PROGRESS_FOLDER).glob("*.json*"):
-        file.unlink()
-    if (folder / _PROGRESS_FOLDER).exists():
-        (folder / _PROGRESS_FOLDER).rmdir()
-
-
-def _remove_dataset(folder: Path) -> None:
-    """Removes what this module writes, nothing else."""
-    for pattern in ("records-*-of-*.arrayrecord*", "records-*-of-*.index.npz*", shards.DATASET_FILE, REPORT_FILE):
-        for file in folder.glob(pattern):
-            file.unlink()
-    _remove_progress(folder)

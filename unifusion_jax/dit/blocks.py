@@ -11,6 +11,8 @@ from unifusion_jax.layers import RMSNorm, SwiGLU, linear
 from unifusion_jax.parallel.attention import attention
 
 RopeTable = tuple[Float[Array, "T F"], Float[Array, "T F"]]
+# Keys and values from elsewhere that a block attends to besides those of its own tokens.
+KeyValues = tuple[Float[Array, "B K A E"], Float[Array, "B K A E"]]
 
 
 class SelfAttention(nnx.Module):
@@ -41,10 +43,19 @@ class SelfAttention(nnx.Module):
         return query, key, value
 
     def __call__(
-        self, x: Float[Array, "B T D"], mask: Bool[Array, "B T"] | None, rope: RopeTable | None
+        self,
+        x: Float[Array, "B T D"],
+        mask: Bool[Array, "B M"] | None,
+        rope: RopeTable | None,
+        fused: KeyValues | None = None,
     ) -> Float[Array, "B T D"]:
-        """Returns the attended tokens; `mask` marks those that exist."""
+        """Returns the attended tokens; `mask` marks the keys that exist, those of `fused` (normalised, rotated) first."""
         query, key, value = self.project(x, rope)
+        if fused is not None:
+            key, value = (
+                jnp.concatenate([other.astype(own.dtype), own], axis=1)
+                for other, own in zip(fused, (key, value), strict=True)
+            )
         return self.out(attention(query, key, value, kv_mask=mask).reshape(x.shape))
 
 
@@ -75,16 +86,17 @@ class Block(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         *,
-        mask: Bool[Array, "B T"] | None = None,
+        mask: Bool[Array, "B M"] | None = None,
         rope: RopeTable | None = None,
         modulation: Float[Array, "B 6 D"] | None = None,
+        fused: KeyValues | None = None,
     ) -> Float[Array, "B T D"]:
-        """Applies the block; `mask` marks the tokens that exist."""
+        """Applies the block; `mask` marks the keys that exist: those of `fused`, then the tokens."""
         if modulation is None:
-            x = x + self.attention(self.attention_norm(x), mask, rope)
+            x = x + self.attention(self.attention_norm(x), mask, rope, fused)
             return x + self.ffn(self.ffn_norm(x))
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (modulation[:, i, None] for i in range(6))
-        x = x + gate_a * self.attention(modulate(self.attention_norm(x), shift_a, scale_a), mask, rope)
+        x = x + gate_a * self.attention(modulate(self.attention_norm(x), shift_a, scale_a), mask, rope, fused)
         return x + gate_f * self.ffn(modulate(self.ffn_norm(x), shift_f, scale_f))
 
 

@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from unifusion_jax.dit.blocks import Block, modulate
+from unifusion_jax.dit.condition import BlockCondition, Condition
 from unifusion_jax.dit.rope import RopeConfig, joint_positions, rope_table
 from unifusion_jax.layers import Remat, RMSNorm, Stack, linear, with_axes
 
@@ -106,8 +107,7 @@ class DiT(nnx.Module):
         self,
         latents: Float[Array, "B h w c"],
         t: Float[Array, " B"],
-        condition: Float[Array, "B C D"],
-        condition_mask: Bool[Array, "B C"],
+        condition: Condition,
         *,
         remat: Remat | None = None,
     ) -> Float[Array, "B h w c"]:
@@ -116,27 +116,29 @@ class DiT(nnx.Module):
         Args:
           latents: x_t, normalised latents; h and w are multiples of the patch size.
           t: times in [0, 1], float32; 0 is data, 1 is noise.
-          condition: condition tokens.
-          condition_mask: which of them exist.
+          condition: tokens of the input sequence, and what blocks get besides.
           remat: wraps one block, e.g. `jax.checkpoint`.
         """
         batch, height, width, _ = latents.shape
         patch = self.config.patch_size
         rows, columns = height // patch, width // patch
         tokens = self.patch_in(patchify(latents, patch).astype(self.dtype))
-        num_condition = condition.shape[1]
-        x = jnp.concatenate([condition.astype(self.dtype), tokens], axis=1)
-        mask = jnp.concatenate([condition_mask, jnp.ones((batch, rows * columns), bool)], axis=1)
+        num_condition = condition.tokens.shape[1]
+        x = jnp.concatenate([condition.tokens.astype(self.dtype), tokens], axis=1)
+        masks = [condition.mask, jnp.ones((batch, rows * columns), bool)]
+        if condition.kv_mask is not None:
+            masks = [condition.kv_mask, *masks]
+        mask = jnp.concatenate(masks, axis=1)
         rope = rope_table(joint_positions(num_condition, rows, columns), self.config.rope)
 
         time = self.time_in(time_embedding(t, self.config.time_features).astype(self.dtype))
         time = jax.nn.silu(self.time_hidden(jax.nn.silu(time)))
         shared = self.time_modulation(time).reshape(batch, 6, -1)
 
-        def run(block: "ModulatedBlock", x: Array, _: None) -> tuple[Array, None]:
-            return block(x, mask, rope, shared), None
+        def run(block: "ModulatedBlock", x: Array, own: BlockCondition) -> tuple[Array, None]:
+            return block(x, mask, rope, shared, own), None
 
-        x, _ = self.blocks.scan(run, x, remat=remat)
+        x, _ = self.blocks.scan(run, x, condition.by_block(), remat=remat)
         shift, scale = jnp.split(self.out_modulation(time)[:, None], 2, axis=-1)
         x = modulate(self.out_norm(x[:, num_condition:]), shift, scale)
         return unpatchify(self.patch_out(x).astype(jnp.float32), patch, rows, columns)
@@ -156,12 +158,17 @@ class ModulatedBlock(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        mask: Bool[Array, "B T"],
+        mask: Bool[Array, "B M"],
         rope: tuple[Float[Array, "T F"], Float[Array, "T F"]],
         shared: Float[Array, "B 6 D"],
+        condition: BlockCondition,
     ) -> Float[Array, "B T D"]:
-        """Applies the block with its modulation, `shared` plus its own table."""
-        return self.block(x, mask=mask, rope=rope, modulation=shared + self.table[...].astype(shared.dtype))
+        """Applies the block with its modulation, `shared` plus its own table, and its part of the condition."""
+        if condition.added is not None:
+            x = x.at[:, : condition.added.shape[1]].add(condition.added.astype(x.dtype))
+        fused = None if condition.key is None else (condition.key, condition.value)
+        modulation = shared + self.table[...].astype(shared.dtype)
+        return self.block(x, mask=mask, rope=rope, modulation=modulation, fused=fused)
 
 
 def time_embedding(t: Float[Array, " B"], features: int, max_period: float = 10_000.0) -> Float[Array, "B features"]:

@@ -4,41 +4,13 @@ Letters: B batch, S tokens, C kept tokens, N exported layers, H encoder width, T
 """
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
-import jax
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 
-if TYPE_CHECKING:
-    AnyArray = Any  # checkers would ask for the methods that all three share
-else:
-    AnyArray = Array | np.ndarray | jax.ShapeDtypeStruct
-_Class = TypeVar("_Class", bound=type)
-
-
-def pytree(cls: _Class) -> _Class:
-    """Registers a frozen dataclass as a pytree of all its fields.
-
-    Rebuilding skips `__init__`, so that transformations may put any kind of leaf (shardings, specs, sentinels) in the
-    fields.
-    """
-    names = [field.name for field in dataclasses.fields(cls)]
-
-    def flatten(instance: Any) -> tuple[tuple[Any, ...], None]:
-        return tuple(getattr(instance, name) for name in names), None
-
-    def flatten_with_keys(instance: Any) -> tuple[tuple[tuple[jax.tree_util.GetAttrKey, Any], ...], None]:
-        return tuple((jax.tree_util.GetAttrKey(name), getattr(instance, name)) for name in names), None
-
-    def unflatten(_: None, leaves: Any) -> Any:
-        instance = object.__new__(cls)
-        for name, leaf in zip(names, leaves, strict=True):
-            object.__setattr__(instance, name, leaf)
-        return instance
-
-    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
-    return cls
+from unifusion_jax.layers import AnyArray as AnyArray
+from unifusion_jax.layers import pytree as pytree
 
 
 @pytree
@@ -53,6 +25,7 @@ class EncoderBatch:
       keep: tokens whose states condition the image generator: image tokens and the words chosen by `Prompt.target`.
       pixels: normalised tiles, rows padded with zero tiles; None for a batch without images.
       is_target: the assistant's answer with its closing token, where training gives one; else None or all False.
+      grid: number of its image, row and column of each tile, -1 where there is none, for models whose tiles need them.
     """
 
     token_ids: Int[AnyArray, "B S"]
@@ -61,6 +34,7 @@ class EncoderBatch:
     keep: Bool[AnyArray, "B S"]
     pixels: Float[AnyArray, "B T h w 3"] | None = None
     is_target: Bool[AnyArray, "B S"] | None = None
+    grid: Int[AnyArray, "B T 3"] | None = None
 
     @classmethod
     def from_tokens(cls, token_ids: Any, mask: Any = None) -> "EncoderBatch":

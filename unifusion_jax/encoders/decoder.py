@@ -6,7 +6,7 @@ are held.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,113 +17,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from unifusion_jax import layers as nn
 from unifusion_jax.encoders.batch import AnyArray, pytree
+from unifusion_jax.encoders.decoder_config import ACTIVATIONS, DecoderConfig
 from unifusion_jax.parallel.attention import attention
 
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "silu": jax.nn.silu,
-    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-}
+__all__ = ["Decoder", "DecoderConfig", "KVCache", "Positions", "token_positions"]
 
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """Frequency scaling of Llama 3.1: low frequencies divided by `factor`, high ones kept, a ramp between.
-
-    Source: `apply_scaling` of meta-llama/llama-models.
-    """
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_positions: int
-
-
-@dataclasses.dataclass(frozen=True)
-class DecoderConfig:
-    """Sizes and switches of a decoder.
-
-    Attributes:
-      vocab_size: rows of the embedding table.
-      hidden_size: width H.
-      num_layers: blocks.
-      num_heads: query heads A.
-      num_kv_heads: key-value heads G, a divisor of A.
-      head_dim: E, even; A * E need not equal H.
-      ffn_size: inner width of the gated feed-forward layer.
-      max_positions: longest sequence in tokens.
-      rms_eps: of all norms.
-      norm_offset: 0, or 1 for norms that multiply by 1 + scale.
-      rope_theta: base of the rotary frequencies.
-      rope_scaling: changes those frequencies.
-      attention_bias: biases on the q, k and v maps (never on the output map).
-      qk_norm: RMS norm of each query and key head before the rotation.
-      activation: of the gate.
-      tie_embeddings: logits use the embedding table.
-    """
-
-    vocab_size: int
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    ffn_size: int
-    max_positions: int = 32768
-    rms_eps: float = 1e-6
-    norm_offset: float = 0.0
-    rope_theta: float = 1e6
-    rope_scaling: RopeScaling | None = None
-    attention_bias: bool = True
-    qk_norm: bool = False
-    activation: str = "silu"
-    tie_embeddings: bool = False
-
-    def __post_init__(self):
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "num_layers",
-            "num_heads",
-            "num_kv_heads",
-            "ffn_size",
-            "max_positions",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"DecoderConfig.{name} must be positive, got {getattr(self, name)}.")
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                "DecoderConfig.num_heads must be a multiple of num_kv_heads, got "
-                f"{self.num_heads} and {self.num_kv_heads}."
-            )
-        if self.head_dim < 2 or self.head_dim % 2:
-            raise ValueError(f"DecoderConfig.head_dim must be even for rotary positions, got {self.head_dim}.")
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"Unknown activation {self.activation!r}, expected one of {sorted(ACTIVATIONS)}.")
-
-    @property
-    def rope_frequencies(self) -> Float[np.ndarray, "half"]:
-        """Radians per position of each rotary pair, float32, shape (head_dim / 2,)."""
-        exponents = np.arange(0, self.head_dim, 2, dtype=np.float32) / np.float32(self.head_dim)
-        frequencies = 1.0 / np.float32(self.rope_theta) ** exponents
-        if self.rope_scaling is None:
-            return frequencies
-        scaling = self.rope_scaling
-        turns = scaling.original_max_positions * frequencies / (2 * np.pi)
-        ramp = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-        kept = np.clip(ramp, 0.0, 1.0)
-        return ((1 - kept) * frequencies / scaling.factor + kept * frequencies).astype(np.float32)
-
-    def check_layers(self, layers: Sequence[int]) -> tuple[int, ...]:
-        """Returns `layers` as a tuple; raises ValueError unless they are distinct and within 0 .. num_layers."""
-        layers = tuple(int(layer) for layer in layers)
-        wrong = [layer for layer in layers if not 0 <= layer <= self.num_layers]
-        if wrong or not layers or len(set(layers)) != len(layers):
-            raise ValueError(
-                f"Layers must be distinct numbers from 0 (the embeddings) to {self.num_layers} (the last block), at "
-                f"least one, got {layers}."
-            )
-        return layers
+# One position a token, or its time, row and column (M-RoPE).
+Positions = Int[Array, "B S"] | Int[Array, "3 B S"]
 
 
 @pytree
@@ -152,20 +52,59 @@ def rotate(x: Float[Array, "B S heads E"], rope: Rope) -> Float[Array, "B S head
     return turned.astype(x.dtype)
 
 
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What all layers of one call share: rotary angles, and where queries and keys stand.
+
+    Attributes:
+      rope: cosines and sines [B, S, 1, E / 2] of the layers without a window.
+      sliding_rope: those of sliding layers.
+      query_order: each query's place among the existing tokens of its row; window and image blocks go by it, so that
+        unused slots between prompt and answer do not count.
+      key_order: the same of the keys.
+      key_mask: which keys exist.
+      query_offset: slot of the first query.
+      query_images: number of the image whose tokens see each other, 0 for all other tokens; None without such images.
+      key_images: the same of the keys.
+    """
+
+    rope: Rope
+    sliding_rope: Rope
+    query_order: Int[Array, "B S"]
+    key_order: Int[Array, "B K"]
+    key_mask: Bool[Array, "B K"]
+    query_offset: Int[Array, ""] | int = 0
+    query_images: Int[Array, "B S"] | None = None
+    key_images: Int[Array, "B K"] | None = None
+
+    def visible(self, sliding: Bool[Array, ""], window_tokens: int | None) -> Bool[Array, "B S K"] | None:
+        """Returns what limits attention other than order and existence of tokens (order too, with image blocks)."""
+        if window_tokens is None and self.query_images is None:
+            return None
+        distance = self.query_order[:, :, None] - self.key_order[:, None, :]
+        seen = jnp.ones(distance.shape, bool)
+        if self.query_images is not None and self.key_images is not None:
+            same = self.query_images[:, :, None] == self.key_images[:, None, :]
+            seen = (distance >= 0) | (same & (self.query_images > 0)[:, :, None])
+        return seen if window_tokens is None else seen & ((distance < window_tokens) | ~sliding)
+
+
 class Embedding(nnx.Module):
     """The token table; computes in the type of its parameter, whatever that is (nnx.Embed would fix it when built)."""
 
-    def __init__(self, rows: int, width: int, *, param_dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, rows: int, width: int, *, scale: float, param_dtype: Any, rngs: nnx.Rngs):
         # The row count of published tables (151,674) is not divisible by usual mesh sizes: the width is sharded.
         init = nnx.initializers.normal(0.02)
+        self.scale = scale
         self.embedding = nnx.Param(init(rngs.params(), (rows, width), param_dtype), axes=(None, "embed"))
 
     def __call__(self, token_ids: Int[Array, "*batch"]) -> Float[Array, "*batch H"]:
-        """Looks tokens up."""
-        return jnp.take(self.embedding[...], token_ids, axis=0)
+        """Looks tokens up; the scale is rounded to the table's type first, as Gemma's is."""
+        found = jnp.take(self.embedding[...], token_ids, axis=0)
+        return found if self.scale == 1.0 else found * jnp.asarray(self.scale, found.dtype)
 
     def scores(self, x: Float[Array, "*batch H"]) -> Float[Array, "*batch V"]:
-        """Scores every token by its embedding (tied output head)."""
+        """Scores every token by its embedding, not scaled (tied output head)."""
         return x @ self.embedding[...].T
 
 
@@ -179,26 +118,53 @@ class Attention(nnx.Module):
         self.q = nn.linear(width, query, ("embed", "heads"), bias=config.attention_bias, **options)
         self.k = nn.linear(width, kv, ("embed", "kv_heads"), bias=config.attention_bias, **options)
         self.v = nn.linear(width, kv, ("embed", "kv_heads"), bias=config.attention_bias, **options)
-        self.o = nn.linear(query, width, ("heads", "embed"), **options)
+        self.o = nn.linear(query, width, ("heads", "embed"), bias=config.output_bias, **options)
         if config.qk_norm:
             norm = {"eps": config.rms_eps, "offset": config.norm_offset, "param_dtype": param_dtype}
             self.q_norm = nn.RMSNorm(config.head_dim, **norm)
             self.k_norm = nn.RMSNorm(config.head_dim, **norm)
 
-    def qkv(self, x: Float[Array, "B S H"], rope: Rope) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def qkv(
+        self, x: Float[Array, "B S H"], context: Context, sliding: Bool[Array, ""]
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Returns rotated queries [B, S, A, E] and keys [B, S, G, E], and values [B, S, G, E]."""
         query, key, value = (
             projection(x).reshape(*x.shape[:2], -1, self.config.head_dim) for projection in (self.q, self.k, self.v)
         )
         if self.config.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
+        rope = context.rope
+        if self.config.sliding_rope_theta is not None:
+            rope = jax.tree.map(lambda own, other: jnp.where(sliding, own, other), context.sliding_rope, rope)
         return rotate(query, rope), rotate(key, rope), value
+
+    def mix(
+        self,
+        query: Float[Array, "B S A E"],
+        key: Float[Array, "B K G E"],
+        value: Float[Array, "B K G E"],
+        context: Context,
+        sliding: Bool[Array, ""],
+    ) -> Float[Array, "B S H"]:
+        """Attends and applies the output map."""
+        mixed = attention(
+            query,
+            key,
+            value,
+            causal=context.query_images is None,
+            kv_mask=context.key_mask,
+            mask=context.visible(sliding, self.config.window_tokens if self.config.slides else None),
+            query_offset=context.query_offset,
+            scale=self.config.attention_scale,
+        )
+        return self.o(mixed.reshape(*mixed.shape[:2], -1))
 
 
 class Block(nnx.Module):
-    """One pre-norm block: x + attention(norm x), then x + feed-forward(norm x)."""
+    """One pre-norm block: x + attention(norm x), then x + feed-forward(norm x); each sum's addend normed if configured."""
 
     def __init__(self, config: DecoderConfig, *, param_dtype: Any, rngs: nnx.Rngs):
+        self.config = config
         norm = {"eps": config.rms_eps, "offset": config.norm_offset, "param_dtype": param_dtype}
         self.attention_norm = nn.RMSNorm(config.hidden_size, **norm)
         self.attention = Attention(config, param_dtype=param_dtype, rngs=rngs)
@@ -211,26 +177,45 @@ class Block(nnx.Module):
             param_dtype=param_dtype,
             rngs=rngs,
         )
+        if config.post_norms:
+            self.attention_post_norm = nn.RMSNorm(config.hidden_size, **norm)
+            self.ffn_post_norm = nn.RMSNorm(config.hidden_size, **norm)
 
-    def __call__(self, x: Float[Array, "B S H"], rope: Rope, kv_mask: Bool[Array, "B S"]) -> Float[Array, "B S H"]:
-        """Runs the block over whole sequences."""
-        query, key, value = self.attention.qkv(self.attention_norm(x), rope)
-        return self._finish(x, attention(query, key, value, causal=True, kv_mask=kv_mask))
+    def __call__(self, x: Float[Array, "B S H"], context: Context, sliding: Bool[Array, ""]) -> Float[Array, "B S H"]:
+        """Runs the block over whole sequences; `sliding` tells whether this layer has a window."""
+        query, key, value = self.attention.qkv(self.attention_norm(x), context, sliding)
+        return self._finish(x, self.attention.mix(query, key, value, context, sliding))
 
     def cached(
-        self, x: Float[Array, "B S H"], rope: Rope, cache: KVCache, layer: Int[Array, ""], slot: Int[Array, ""]
+        self,
+        x: Float[Array, "B S H"],
+        context: Context,
+        sliding: Bool[Array, ""],
+        cache: KVCache,
+        layer: Int[Array, ""],
     ) -> tuple[Float[Array, "B S H"], KVCache]:
-        """The same, writing this layer's keys and values to `slot` and the following, and attending over the cache."""
-        query, key, value = self.attention.qkv(self.attention_norm(x), rope)
-        start = (layer, 0, slot, 0, 0)
+        """The same, writing this layer's keys and values to the queries' slots, and attending over the cache."""
+        query, key, value = self.attention.qkv(self.attention_norm(x), context, sliding)
+        start = (layer, 0, context.query_offset, 0, 0)
         keys = jax.lax.dynamic_update_slice(cache.key, key[None].astype(cache.key.dtype), start)
         values = jax.lax.dynamic_update_slice(cache.value, value[None].astype(cache.value.dtype), start)
-        mixed = attention(query, keys[layer], values[layer], causal=True, kv_mask=cache.mask, query_offset=slot)
+        mixed = self.attention.mix(query, keys[layer], values[layer], context, sliding)
         return self._finish(x, mixed), KVCache(keys, values, cache.mask)
 
+    def key_values(self, x: Float[Array, "*batch H"]) -> Float[Array, "*batch F"]:
+        """Returns the keys, not rotated, and the values that this block makes of what enters it, F = 2 G E."""
+        normed = self.attention_norm(x)
+        key, value = self.attention.k(normed), self.attention.v(normed)
+        if self.config.qk_norm:
+            key = self.attention.k_norm(key.reshape(*x.shape[:-1], -1, self.config.head_dim)).reshape(key.shape)
+        return jnp.concatenate([key, value], axis=-1)
+
     def _finish(self, x: jax.Array, mixed: jax.Array) -> jax.Array:
-        x = x + self.attention.o(mixed.reshape(*mixed.shape[:2], -1))
-        return x + self.ffn(self.ffn_norm(x))
+        if not self.config.post_norms:
+            x = x + mixed
+            return x + self.ffn(self.ffn_norm(x))
+        x = x + self.attention_post_norm(mixed)
+        return x + self.ffn_post_norm(self.ffn(self.ffn_norm(x)))
 
 
 class Decoder(nnx.Module):
@@ -238,7 +223,9 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: DecoderConfig, *, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
         self.config = config
-        self.embed = Embedding(config.vocab_size, config.hidden_size, param_dtype=param_dtype, rngs=rngs)
+        self.embed = Embedding(
+            config.vocab_size, config.hidden_size, scale=config.embedding_scale, param_dtype=param_dtype, rngs=rngs
+        )
         self.layers = nn.Stack(
             lambda rngs: Block(config, param_dtype=param_dtype, rngs=rngs), config.num_layers, rngs=rngs
         )
@@ -262,6 +249,8 @@ class Decoder(nnx.Module):
         mask: Bool[Array, "B S"],
         layers: Sequence[int],
         *,
+        positions: Positions | None = None,
+        images: Int[Array, "B S"] | None = None,
         keep_index: Int[Array, "B C"] | None = None,
         remat: nn.Remat | None = None,
     ) -> Float[Array, "B C N H"]:
@@ -271,59 +260,87 @@ class Decoder(nnx.Module):
           embeddings: what enters the first block.
           mask: existing tokens; padding may stand on either side.
           layers: 0 .. num_layers, distinct.
+          positions: of the rotation; existing tokens counted from 0 when None.
+          images: tokens of one positive number see each other in both directions; the others have 0. Causal when None.
           keep_index: positions of the tokens to export, gathered layer by layer; all tokens when None (then C = S).
           remat: wraps the scanned block, e.g. `jax.checkpoint`.
         """
         layers = self.config.check_layers(layers)
-        rope = self._rope(token_positions(mask))
-        slots, buffer = _export_slots(embeddings, layers, keep_index)
+        order = token_positions(mask)
+        ropes = self._ropes(order if positions is None else positions)
+        context = Context(*ropes, order, order, mask, query_images=images, key_images=images)
+        slots, buffer = export_slots(embeddings, layers, keep_index)
 
-        def apply(block: Block, carry: tuple, slot: jax.Array) -> tuple[tuple, None]:
-            x, buffer = carry
-            x = block(x, rope, mask)
-            return (x, buffer.at[slot].set(_gather(x, keep_index))), None
+        def apply(block: Block, carry: tuple, inputs: tuple) -> tuple[tuple, None]:
+            (x, buffer), (slot, sliding) = carry, inputs
+            x = block(x, context, sliding)
+            return (x, buffer.at[slot].set(gather_kept(x, keep_index))), None
 
         depth = max(layers)
         if depth:
-            (_, buffer), _ = self.layers.scan(apply, (embeddings, buffer), slots[:depth], length=depth, remat=remat)
+            inputs = (slots[:depth], self.config.sliding[:depth])
+            (_, buffer), _ = self.layers.scan(apply, (embeddings, buffer), inputs, length=depth, remat=remat)
         return jnp.moveaxis(buffer[:-1], 0, 2)
-
-    def hidden(
-        self, embeddings: Float[Array, "B S H"], mask: Bool[Array, "B S"], *, remat: nn.Remat | None = None
-    ) -> Float[Array, "B S H"]:
-        """Returns the residual stream after the last block, before the final norm."""
-        return self.states(embeddings, mask, (self.config.num_layers,), remat=remat)[:, :, 0]
 
     def cached_states(
         self,
         embeddings: Float[Array, "B S H"],
-        positions: Int[Array, "B S"],
+        positions: Positions,
         cache: KVCache,
         slot: Int[Array, ""] | int,
         layers: Sequence[int],
         *,
+        images: Int[Array, "B S"] | None = None,
         keep_index: Int[Array, "B C"] | None = None,
+        blocks: Sequence[Block] | None = None,
     ) -> tuple[Float[Array, "B S H"], Float[Array, "B C N H"], KVCache]:
         """Runs all blocks on tokens that occupy cache slots from `slot` on; their slots must be set in `cache.mask`.
 
-        Serves the prefill (all prompt tokens, slot 0) and each decoding step (one token).
+        Serves the prefill (all prompt tokens, slot 0; only there `images` may be given, see `states`) and each decoding
+        step (one token).
+
+        `blocks`, where given, are those of `layers.cut`, and run one after the other instead of by a scan.
 
         Returns:
           The residual stream after the last block, the states of `layers`, and the cache with the new keys and values.
         """
         layers = self.config.check_layers(layers)
-        rope = self._rope(positions)
-        slots, buffer = _export_slots(embeddings, layers, keep_index, depth=self.config.num_layers)
+        slots, buffer = export_slots(embeddings, layers, keep_index, depth=self.config.num_layers)
         start = jnp.asarray(slot, jnp.int32)
+        tokens, room = embeddings.shape[1], cache.mask.shape[1]
+        key_order = token_positions(cache.mask)
+        context = Context(
+            *self._ropes(positions),
+            query_order=jax.lax.dynamic_slice_in_dim(key_order, start, tokens, axis=1),
+            key_order=key_order,
+            key_mask=cache.mask,
+            query_offset=start,
+            query_images=images,
+            key_images=None if images is None else jnp.pad(images, ((0, 0), (0, room - tokens))),
+        )
 
         def apply(block: Block, carry: tuple, inputs: tuple) -> tuple[tuple, None]:
-            (x, buffer, cache), (layer, slot) = carry, inputs
-            x, cache = block.cached(x, rope, cache, layer, start)
-            return (x, buffer.at[slot].set(_gather(x, keep_index)), cache), None
+            (x, buffer, cache), (layer, slot, sliding) = carry, inputs
+            x, cache = block.cached(x, context, sliding, cache, layer)
+            return (x, buffer.at[slot].set(gather_kept(x, keep_index)), cache), None
 
-        numbers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
-        (x, buffer, cache), _ = self.layers.scan(apply, (embeddings, buffer, cache), (numbers, slots))
+        inputs = (np.arange(self.config.num_layers, dtype=np.int32), slots, self.config.sliding)
+        carry = (embeddings, buffer, cache)
+        if blocks is None:
+            carry, _ = self.layers.scan(apply, carry, inputs)
+        else:
+            for number, block in enumerate(blocks):
+                carry, _ = apply(block, carry, tuple(jnp.asarray(each[number]) for each in inputs))
+        x, buffer, cache = carry
         return x, jnp.moveaxis(buffer[:-1], 0, 2), cache
+
+    def final_norm(self, states: Float[Array, "*batch H"]) -> Float[Array, "*batch H"]:
+        """Returns states as the output head reads them."""
+        return self.norm(states)
+
+    def key_values(self, states: Float[Array, "B C N H"], layers: Sequence[int]) -> Float[Array, "B C N F"]:
+        """Returns keys and values of `layers` from the states of the layers before them; see `Block.key_values`."""
+        return layer_key_values(self.layers, states, layers)
 
     def empty_cache(self, mask: Bool[Array, "B K"], dtype: Any) -> KVCache:
         """Returns a cache of zeros with room for the K slots of `mask`."""
@@ -337,16 +354,31 @@ class Decoder(nnx.Module):
         scores = self.embed.scores(normed) if self.config.tie_embeddings else self.head(normed)
         return scores.astype(jnp.float32)
 
-    def _rope(self, positions: Int[Array, "B S"]) -> Rope:
-        angles = positions[:, :, None, None].astype(jnp.float32) * self.config.rope_frequencies
-        return jnp.cos(angles), jnp.sin(angles)
+    def _ropes(self, positions: Positions) -> tuple[Rope, Rope]:
+        """Returns cosines and sines [B, S, 1, E / 2] of the layers without and with a window."""
+        if positions.ndim == 3:
+            turns = jnp.moveaxis(positions[self.config.rope_axis], 0, -1)[:, :, None, :].astype(jnp.float32)
+        else:
+            turns = positions[:, :, None, None].astype(jnp.float32)
+        plain, sliding = (turns * self.config.rope_frequencies(sliding=kind) for kind in (False, True))
+        return (jnp.cos(plain), jnp.sin(plain)), (jnp.cos(sliding), jnp.sin(sliding))
 
 
-def _gather(x: Float[Array, "B S H"], keep_index: Int[Array, "B C"] | None) -> Float[Array, "B C H"]:
+def layer_key_values(
+    blocks: nn.Stack, states: Float[Array, "B C N H"], layers: Sequence[int]
+) -> Float[Array, "B C N F"]:
+    """Applies `key_values` of the blocks that make `layers` to what enters each of them."""
+    numbers = [layer - 1 for layer in layers]
+    found = blocks.chosen(numbers, lambda block, x: block.key_values(x), jnp.moveaxis(states, 2, 0))
+    return jnp.moveaxis(found, 0, 2)
+
+
+def gather_kept(x: Float[Array, "B S H"], keep_index: Int[Array, "B C"] | None) -> Float[Array, "B C H"]:
+    """Takes the tokens at `keep_index` out of `x`; all of them when None."""
     return x if keep_index is None else jnp.take_along_axis(x, keep_index[:, :, None], axis=1)
 
 
-def _export_slots(
+def export_slots(
     embeddings: Float[Array, "B S H"],
     layers: tuple[int, ...],
     keep_index: Int[Array, "B C"] | None,
@@ -358,6 +390,6 @@ def _export_slots(
     for row, layer in enumerate(layers):
         if layer:
             slots[layer - 1] = row
-    kept = _gather(embeddings, keep_index)
+    kept = gather_kept(embeddings, keep_index)
     buffer = jnp.zeros((len(layers) + 1, *kept.shape), kept.dtype)
     return slots, buffer.at[layers.index(0)].set(kept) if 0 in layers else buffer

@@ -6,24 +6,49 @@ through once more as the input of the next step, which gives its states. Nothing
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from unifusion_jax.encoders.batch import AnyArray, EncoderBatch, LayerStates, pytree
-from unifusion_jax.encoders.decoder import KVCache, token_positions
-from unifusion_jax.encoders.internvl import InternVL
+from unifusion_jax.encoders.decoder import KVCache, Positions
+from unifusion_jax.encoders.model import LanguageModel
 
 
 @pytree
 @dataclasses.dataclass(frozen=True)
 class Decoded:
-    """Answers of a batch: ids, how many of them are words (a closing token is not), and states of images and words."""
+    """Answers of a batch.
+
+    Attributes:
+      token_ids: the answers.
+      lengths: how many of their tokens are words; a closing token is not.
+      finished: whether the answer ended by itself, not for want of room.
+      states: of image tokens and words.
+    """
 
     token_ids: Int[AnyArray, "B max_new"]
     lengths: Int[AnyArray, "B"]
+    finished: Bool[AnyArray, "B"]
     states: LayerStates
+
+
+@pytree
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+    """How tokens are drawn.
+
+    Attributes:
+      keys: one random key a row. A row's answer depends on its own prompt and key only.
+      temperature: divides the scores; 0 takes the most likely token.
+      top_p: tokens are drawn from the fewest that together have this probability (Holtzman et al. 2020); 1 draws from all.
+    """
+
+    keys: Any
+    temperature: Float[AnyArray, ""]
+    top_p: Float[AnyArray, ""]
 
 
 def compact_index(keep: Bool[Array, "B S"], count: int) -> tuple[Int[Array, "B C"], Bool[Array, "B C"]]:
@@ -33,14 +58,27 @@ def compact_index(keep: Bool[Array, "B S"], count: int) -> tuple[Int[Array, "B C
     return order, jnp.arange(count) < jnp.sum(keep, axis=1, keepdims=True)
 
 
-def sample_tokens(
-    logits: Float[Array, "B V"], keys: Array, step: Int[Array, ""], temperature: Float[Array, ""]
-) -> Int[Array, "B"]:
+def nucleus(logits: Float[Array, "B V"], top_p: Float[Array, ""]) -> Float[Array, "B V"]:
+    """Returns the scores, minus infinity for all but the fewest tokens that together reach probability `top_p`."""
+    falling = -jnp.sort(-logits, axis=-1)
+    likelihood = jax.nn.softmax(falling, axis=-1)
+    before = jnp.cumsum(likelihood, axis=-1) - likelihood  # of all likelier tokens: 0 for the first, which always stays
+    least = jnp.min(jnp.where((before < top_p) | (before == 0), falling, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits >= least, logits, -jnp.inf)
+
+
+def sample_tokens(logits: Float[Array, "B V"], drawing: Drawing, step: Int[Array, ""]) -> Int[Array, "B"]:
     """Draws one token a row, from the row's own key; the most likely one where the temperature is 0."""
-    drawn = jax.vmap(lambda key, row: jax.random.categorical(jax.random.fold_in(key, step), row))(
-        keys, logits / jnp.maximum(temperature, 1e-6)
-    )
-    return jnp.where(temperature > 0, drawn, jnp.argmax(logits, axis=-1)).astype(jnp.int32)
+
+    def draw() -> Array:
+        scaled = logits / drawing.temperature
+        # Sorting the vocabulary is not done where nothing is to be cut off.
+        scaled = jax.lax.cond(drawing.top_p < 1, lambda: nucleus(scaled, drawing.top_p), lambda: scaled)
+        keys = jax.vmap(lambda key: jax.random.fold_in(key, step))(drawing.keys)
+        return jax.vmap(jax.random.categorical)(keys, scaled)
+
+    most_likely = jnp.argmax(logits, axis=-1)
+    return jax.lax.cond(drawing.temperature > 0, draw, lambda: most_likely).astype(jnp.int32)
 
 
 @pytree
@@ -57,10 +95,9 @@ class _Loop:
 
 
 def decode(
-    model: InternVL,
+    model: LanguageModel,
     batch: EncoderBatch,
-    keys: Array,
-    temperature: Float[Array, ""],
+    drawing: Drawing,
     stop_ids: Int[Array, "stops"],
     *,
     layers: Sequence[int],
@@ -72,28 +109,37 @@ def decode(
     Args:
       model: encoder with an output head.
       batch: prompts that end where the answer begins.
-      keys: one random key a row. A row's answer depends on its own prompt and key only.
-      temperature: 0 decodes greedily.
+      drawing: how tokens are chosen.
       stop_ids: tokens that end an answer.
       layers: which states to collect.
       image_tokens: room for image tokens a row.
       max_new_tokens: most words a row.
     """
     mask = jnp.asarray(batch.mask)
-    prompt_slots, lengths = mask.shape[1], jnp.sum(mask, axis=1)
+    prompt_slots = mask.shape[1]
+    positions = model.positions(batch)
+    # An answer goes on after the largest position of its prompt, on all axes where there are three.
+    following = 1 + jnp.max(jnp.where(mask, positions, -1).reshape(-1, *mask.shape), axis=(0, 2))
     decoder = model.decoder
     image_index, image_mask = compact_index(jnp.asarray(batch.is_image) & mask, image_tokens)
-    logits, image_states, cache = _prefill(model, batch, image_index, layers, max_new_tokens)
+    logits, image_states, cache = _prefill(model, batch, positions, image_index, layers, max_new_tokens)
+
+    blocks = decoder.layers.cut()
 
     def draw(logits: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
-        token = sample_tokens(logits, keys, step, temperature)
+        token = sample_tokens(logits, drawing, step)
         return token, jnp.any(token[:, None] == stop_ids, axis=1)
 
     def body(loop: _Loop) -> _Loop:
         slot = prompt_slots + loop.step
         cache = dataclasses.replace(loop.cache, mask=loop.cache.mask.at[:, slot].set(True))
         x, states, cache = decoder.cached_states(
-            model.embed_tokens(loop.token[:, None]), (lengths + loop.step)[:, None], cache, slot, layers
+            model.embed_tokens(loop.token[:, None]),
+            (following + loop.step)[:, None],
+            cache,
+            slot,
+            layers,
+            blocks=blocks,
         )
         token, stopped = draw(decoder.logits(x[:, 0]), loop.step + 1)
         return _Loop(
@@ -116,12 +162,14 @@ def decode(
     )
     loop = jax.lax.while_loop(lambda loop: (loop.step < max_new_tokens) & ~jnp.all(loop.done), body, first)
     is_word = ~jnp.any(loop.token_ids[:, :, None] == stop_ids, axis=-1)
-    return Decoded(loop.token_ids, jnp.sum(is_word, axis=1), _join(image_states, image_mask, loop.states, is_word))
+    states = _join(image_states, image_mask, loop.states, is_word)
+    return Decoded(loop.token_ids, jnp.sum(is_word, axis=1), loop.done, states)
 
 
 def _prefill(
-    model: InternVL,
+    model: LanguageModel,
     batch: EncoderBatch,
+    positions: Positions,
     image_index: Int[Array, "B C"],
     layers: Sequence[int],
     max_new_tokens: int,
@@ -131,7 +179,7 @@ def _prefill(
     embeddings = model.embed(batch)
     cache = model.decoder.empty_cache(jnp.pad(mask, ((0, 0), (0, max_new_tokens))), embeddings.dtype)
     hidden, image_states, cache = model.decoder.cached_states(
-        embeddings, token_positions(mask), cache, 0, layers, keep_index=image_index
+        embeddings, positions, cache, 0, layers, images=model.image_blocks(batch), keep_index=image_index
     )
     last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
     return model.decoder.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]), image_states, cache

@@ -5,7 +5,7 @@ import functools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +15,14 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from unifusion_jax import weights
-from unifusion_jax.encoders import decoding, folder, internvl_weights
+from unifusion_jax.encoders import decoding, folder, registry
 from unifusion_jax.encoders.batch import EncoderBatch, LayerStates
-from unifusion_jax.encoders.internvl import InternVL, InternVLConfig
+from unifusion_jax.encoders.decoder_config import check_layers
+from unifusion_jax.encoders.forms import Form, exported_size, formed, sources
+from unifusion_jax.encoders.internvl import InternVLConfig
 from unifusion_jax.encoders.lm_loss import next_token_loss
 from unifusion_jax.encoders.processor import Processor
+from unifusion_jax.encoders.quantization import quantizer
 from unifusion_jax.encoders.tiling import TilingConfig
 from unifusion_jax.parallel.sharding import batch_sharding, param_shardings
 from unifusion_jax.prompt import Prompt
@@ -41,38 +44,49 @@ class Rewrite:
       texts: the decoded descriptions.
       token_ids: their tokens, the closing one left out.
       states: of image tokens and decoded tokens, as `Encoder.export` would give for the finished text.
+      finished: whether each description ended by itself; False where `max_new_tokens` cut it off.
     """
 
     texts: list[str]
     token_ids: list[list[int]]
     states: LayerStates
+    finished: list[bool]
 
 
 class Encoder:
-    """A vision-language model and its processor.
+    """A frozen language model, with or without vision, and its processor.
 
     Attributes:
       config: sizes of the model.
       params: pure nested dict of arrays.
       layers: the layers that `export` and `rewrite` give, in order.
+      form: what they give of these layers. "states": the residual stream. "final_norm": the same after the model's final
+        norm. "key_values": the attention's keys of all key-value heads, before the rotation, then its values.
     """
 
     def __init__(
         self,
-        config: InternVLConfig,
+        config: Any,
         params: weights.Params,
         processor: Processor | Callable[[], Processor],
         *,
         layers: Sequence[int] | None = None,
+        form: Form = "states",
         mesh: Mesh | None = None,
     ):
         self.config = config
         self.params = params
-        self.layers = config.decoder.check_layers(
-            default_layers(config.decoder.num_layers) if layers is None else layers
-        )
+        self.layers = check_layers(default_layers(config.num_layers) if layers is None else layers, config.num_layers)
+        self.form: Form = form
+        if form == "key_values" and 0 in self.layers:
+            raise ValueError(f"Layer 0, the embeddings, has no keys and values; got layers {self.layers}.")
         self._processor = processor
         self._mesh = mesh
+
+    @property
+    def exported_size(self) -> int:
+        """Length of what is exported of one layer of one token."""
+        return exported_size(self.config, self.form)
 
     @classmethod
     def create(
@@ -105,7 +119,7 @@ class Encoder:
 
         @jax.jit  # the key is an argument: XLA would spend its time folding the weights of a constant one
         def initialise(key: jax.Array) -> weights.Params:
-            model = InternVL(config, param_dtype=jnp.dtype(dtype), rngs=nnx.Rngs(key))
+            model = config.build(param_dtype=jnp.dtype(dtype), rngs=nnx.Rngs(key))
             return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
         tiling = tiling or TilingConfig(tile_px=config.vision.image_px)
@@ -121,9 +135,9 @@ class Encoder:
 
     def with_params(self, params: weights.Params) -> "Encoder":
         """Returns this encoder with other parameters of the same shapes."""
-        return Encoder(self.config, params, self._processor, layers=self.layers, mesh=self._mesh)
+        return Encoder(self.config, params, self._processor, layers=self.layers, form=self.form, mesh=self._mesh)
 
-    def module(self, params: weights.Params) -> InternVL:
+    def module(self, params: weights.Params) -> Any:
         """Rebuilds the network around a parameter tree; works under jit and grad."""
         return _rebuild(self.config, params)
 
@@ -144,7 +158,7 @@ class Encoder:
 
     def layer_states(self, batch: EncoderBatch, *, layers: Sequence[int] | None = None) -> Float[Array, "B S N H"]:
         """Returns the states of all tokens after each of `layers` (this encoder's by default); padding is noise."""
-        chosen = self.layers if layers is None else self.config.decoder.check_layers(layers)
+        chosen = self.layers if layers is None else check_layers(layers, self.config.num_layers)
         return _layer_states(self.params, self._placed(batch), config=self.config, layers=chosen)
 
     def export(self, batch: EncoderBatch, *, max_kept: int | None = None) -> LayerStates:
@@ -162,16 +176,14 @@ class Encoder:
             raise ValueError(
                 f"A row keeps {needed} tokens, room is for max_kept={max_kept}. Raise it or lower max_tiles."
             )
-        return _export_jit(
-            self.params, self._placed(batch), config=self.config, layers=self.layers, max_kept=max_kept or needed
-        )
+        return _export_jit(self.params, self._placed(batch), **self._what, max_kept=max_kept or needed)
 
     def export_fn(self, params: weights.Params, batch: EncoderBatch, max_kept: int) -> LayerStates:
         """The pure function behind `export`, for use inside other jitted functions.
 
         `max_kept` is static and not checked: tokens beyond it are dropped. Check `EncoderBatch.max_kept` on the host.
         """
-        return _export(params, batch, config=self.config, layers=self.layers, max_kept=max_kept)
+        return _export(params, batch, **self._what, max_kept=max_kept)
 
     def loss_fn(
         self, params: weights.Params, batch: EncoderBatch, *, remat: Any = None
@@ -187,6 +199,7 @@ class Encoder:
         max_new_tokens: int,
         max_tiles: int | None = None,
         temperature: float = 0.0,
+        top_p: float = 1.0,
         seed: int | Sequence[int] = 0,
     ) -> Rewrite:
         """Decodes a description for each prompt and returns it with its states, all in one pass (VERIFI).
@@ -197,21 +210,28 @@ class Encoder:
           max_new_tokens: longest description.
           max_tiles: as in `prepare`.
           temperature: 0 decodes greedily.
+          top_p: draws from the fewest tokens that together have this probability; 1 draws from all.
           seed: of the sampling, one for all rows or one a row. A row's text depends on its prompt and its seed, not on
             other rows.
 
         Raises:
-          ValueError: prompt and description together exceed the decoder's positions.
+          ValueError: prompt and description together exceed the decoder's positions, or the encoder has no decoder.
         """
         if max_new_tokens < 1 or temperature < 0:
             raise ValueError(
                 f"Expected max_new_tokens >= 1 and temperature >= 0, got {max_new_tokens} and {temperature}."
             )
+        if not 0 < top_p <= 1:
+            raise ValueError(f"top_p is a probability in (0, 1], got {top_p}; 1 draws from all tokens.")
+        if not self.config.decodes:
+            raise ValueError(
+                "This encoder has no decoder (T5 only reads), so it cannot rewrite. Export its states instead."
+            )
         processor = self.processor
         rows = []
         for prompt in prompts:
             system = system_prompt if prompt.system is None else prompt.system
-            asked = dataclasses.replace(prompt, target=None, system=system)
+            asked = dataclasses.replace(prompt, target="", system=system)
             rows.append(processor.prepare_row(asked, max_tiles=max_tiles))
         batch = processor.collate(rows, max_tokens=self._prompt_tokens(rows, max_new_tokens))
         seeds = [seed] * len(rows) if isinstance(seed, int) else list(seed)
@@ -220,11 +240,11 @@ class Encoder:
         decoded = _decode(
             self.params,
             self._placed(batch),
-            jnp.stack([jax.random.key(value) for value in seeds]),
-            jnp.float32(temperature),
-            jnp.asarray(processor.stop_ids, jnp.int32),
-            config=self.config,
-            layers=self.layers,
+            decoding.Drawing(
+                jnp.stack([jax.random.key(value) for value in seeds]), jnp.float32(temperature), jnp.float32(top_p)
+            ),
+            np.asarray(processor.stop_ids, np.int32),
+            **self._what,
             image_tokens=int(batch.is_image.sum(axis=1).max()),
             max_new_tokens=max_new_tokens,
         )
@@ -234,30 +254,40 @@ class Encoder:
         return Rewrite(
             [processor.decode(ids) for ids in token_ids],
             token_ids,
-            jax.tree.map(lambda leaf: leaf[:, :kept], decoded.states),
+            # On the host: on the device, each number of tokens would be another compilation.
+            jax.tree.map(lambda leaf: np.asarray(leaf)[:, :kept], decoded.states),
+            np.asarray(decoded.finished).tolist(),
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a folder in the transformers layout, which `load` and InternVLForConditionalGeneration read."""
+        """Writes a folder in the transformers layout, which `load` and InternVLForConditionalGeneration read.
+
+        Raises ValueError for models other than InternVL.
+        """
+        if not isinstance(self.config, InternVLConfig):
+            raise ValueError("Only InternVL models can be written; other published encoders are read only.")
         folder.write(Path(path), self.config, self.params, self.processor)
+
+    @property
+    def _what(self) -> dict[str, Any]:
+        return {"config": self.config, "layers": self.layers, "form": self.form}
 
     def _prompt_tokens(self, rows: Sequence[Any], max_new_tokens: int) -> int:
         longest = max(len(row.token_ids) for row in rows)
-        limit = self.config.decoder.max_positions - max_new_tokens
+        limit = self.config.max_positions - max_new_tokens
         if longest > limit:
             raise ValueError(
                 f"A prompt of {longest} tokens leaves no room for max_new_tokens={max_new_tokens} within the decoder's "
-                f"{self.config.decoder.max_positions} positions. Shorten the prompt, lower max_tiles or max_new_tokens."
+                f"{self.config.max_positions} positions. Shorten the prompt, lower max_tiles or max_new_tokens."
             )
         return min(-(-longest // _PROMPT_STEP_TOKENS) * _PROMPT_STEP_TOKENS, limit)
 
     def _placed(self, batch: EncoderBatch) -> EncoderBatch:
         """Spreads a batch over the mesh where its rows divide evenly; else it is copied to every device."""
         length = batch.token_ids.shape[1]
-        if length > self.config.decoder.max_positions:
+        if length > self.config.max_positions:
             raise ValueError(
-                f"The batch has {length} tokens a row, the decoder takes {self.config.decoder.max_positions}. Shorten "
-                "its prompts."
+                f"The batch has {length} tokens a row, the decoder takes {self.config.max_positions}. Shorten its prompts."
             )
         if self._mesh is None:
             return batch
@@ -271,60 +301,74 @@ class Encoder:
 
 
 @functools.cache
-def _graphdef(config: InternVLConfig) -> nnx.GraphDef:
+def _graphdef(config: Any) -> nnx.GraphDef:
     return nnx.split(abstract_model(config, "float32"), nnx.Param, ...)[0]
 
 
-def _rebuild(config: InternVLConfig, params: weights.Params) -> InternVL:
+def _rebuild(config: Any, params: weights.Params) -> Any:
     return nnx.merge(_graphdef(config), params)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "layers"))
-def _layer_states(
-    params: weights.Params, batch: EncoderBatch, *, config: InternVLConfig, layers: tuple[int, ...]
-) -> jax.Array:
+def _layer_states(params: weights.Params, batch: EncoderBatch, *, config: Any, layers: tuple[int, ...]) -> jax.Array:
     model = _rebuild(config, params)
-    return model.decoder.states(model.embed(batch), jnp.asarray(batch.mask), layers)
+    return model.states(batch, layers)
 
 
 def _export(
-    params: weights.Params, batch: EncoderBatch, *, config: InternVLConfig, layers: tuple[int, ...], max_kept: int
+    params: weights.Params, batch: EncoderBatch, *, config: Any, layers: tuple[int, ...], form: Form, max_kept: int
 ) -> LayerStates:
     model = _rebuild(config, params)
     mask, is_image = jnp.asarray(batch.mask), jnp.asarray(batch.is_image)
     index, exists = decoding.compact_index(jnp.asarray(batch.keep) & mask, max_kept)
-    states = model.decoder.states(model.embed(batch), mask, layers, keep_index=index)
+    states = model.states(batch, sources(layers, form), keep_index=index)
     states = jnp.where(exists[:, :, None, None], states, 0)
-    return LayerStates(states, exists, jnp.take_along_axis(is_image, index, axis=1) & exists)
+    kept = LayerStates(states, exists, jnp.take_along_axis(is_image, index, axis=1) & exists)
+    return formed(model, kept, layers, form)
 
 
-_export_jit = jax.jit(_export, static_argnames=("config", "layers", "max_kept"))
+_export_jit = jax.jit(_export, static_argnames=("config", "layers", "form", "max_kept"))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "layers", "image_tokens", "max_new_tokens"))
-def _decode(params: weights.Params, *arguments: Any, config: InternVLConfig, **options: Any) -> decoding.Decoded:
-    return decoding.decode(_rebuild(config, params), *arguments, **options)
+@functools.partial(jax.jit, static_argnames=("config", "layers", "form", "image_tokens", "max_new_tokens"))
+def _decode(
+    params: weights.Params, *arguments: Any, config: Any, layers: tuple[int, ...], form: Form, **options: Any
+) -> decoding.Decoded:
+    model = _rebuild(config, params)
+    decoded = decoding.decode(model, *arguments, layers=sources(layers, form), **options)
+    return dataclasses.replace(decoded, states=formed(model, decoded.states, layers, form))
 
 
-def abstract_model(config: InternVLConfig, dtype: str) -> InternVL:
+def abstract_model(config: Any, dtype: str) -> Any:
     """Returns the network with shapes in the place of parameters; costs no memory at any size."""
-    return nnx.eval_shape(lambda: InternVL(config, param_dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: config.build(param_dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
+
+
+def read_config(path: str | os.PathLike[str]) -> Any:
+    """Reads an encoder's sizes from its `config.json`, without its weights; see `load` for the errors."""
+    raw = weights.read_json(weights.resolve(path) / "config.json")
+    return registry.find(raw).read_config(raw)
 
 
 def load(
     path: str | os.PathLike[str],
     *,
     layers: Sequence[int] | None = None,
+    form: Form = "states",
     dtype: str = "bfloat16",
     mesh: Mesh | None = None,
+    quantize: Literal["none", "int8"] = "none",
 ) -> Encoder:
     """Loads an encoder; its `config.json` decides which.
 
     Args:
-      path: local folder or hub id, in transformers' layout or the original one.
+      path: local folder or hub id, in any published layout; `docs/encoders.md` lists families and layouts.
       layers: exported layers, 0 (embeddings) .. number of blocks; every third from 1 when None.
+      form: what is exported of them, see `Encoder`.
       dtype: of parameters and states.
       mesh: devices to spread the parameters over; the default device when None.
+      quantize: "int8" keeps the matrices of all linear maps as 8-bit integers with a scale per output channel; embeddings,
+        convolutions, norms and biases stay in `dtype`, in which it still computes.
 
     Raises:
       FileNotFoundError: no such folder or missing files.
@@ -332,21 +376,25 @@ def load(
     """
     root = weights.resolve(path)
     raw = weights.read_json(root / "config.json")
-    folder.read_config(raw)  # an unsupported model is told before its weights are looked for
+    family = registry.find(raw)
+    rules = family.rules(family.read_config(raw))  # an unsupported model is told before its weights are looked for
     files = weights.SafetensorsFolder(root)
-    config = folder.read_config(raw, has_head=folder.has_head(files))
+    heads = {rule.source for rule in rules if rule.target == "decoder.head.kernel"}
+    config = family.read_config(raw, has_head=any(family.canonical_name(name) in heads for name in files.names()))
     model = abstract_model(config, dtype)
 
     def rename(name: str) -> str | None:
-        canonical = internvl_weights.canonical_name(name)
+        canonical = family.canonical_name(name)
         # Some writers store the output head although it is tied to the embeddings.
-        return None if canonical == "lm_head.weight" and config.decoder.tie_embeddings else canonical
+        return None if canonical in heads and config.decoder.tie_embeddings else canonical
 
     params = weights.load(
         nnx.to_pure_dict(nnx.state(model, nnx.Param)),
         files,
-        internvl_weights.READ_RULES,
+        rules,
         rename=rename,
         shardings=param_shardings(model, mesh) if mesh is not None else None,
+        finish=quantizer(model, quantize),
     )
-    return Encoder(config, params, functools.partial(folder.read_processor, root, config), layers=layers, mesh=mesh)
+    processor = functools.partial(family.read_processor, root, raw, config)
+    return Encoder(config, params, processor, layers=layers, form=form, mesh=mesh)

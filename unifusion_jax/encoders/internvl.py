@@ -10,21 +10,26 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from unifusion_jax import layers as nn
 from unifusion_jax.encoders.batch import EncoderBatch
-from unifusion_jax.encoders.decoder import Decoder, DecoderConfig
+from unifusion_jax.encoders.decoder import DecoderConfig
 from unifusion_jax.encoders.families import decoder_config, text_config
+from unifusion_jax.encoders.model import DecoderSizes, LanguageModel
 from unifusion_jax.encoders.vision import Projector, VisionConfig, VisionTower, pixel_shuffle
 
 
 @dataclasses.dataclass(frozen=True)
-class InternVLConfig:
+class InternVLConfig(DecoderSizes):
     """Sizes of an InternVL model: its vision tower and its decoder."""
 
     vision: VisionConfig
     decoder: DecoderConfig
+
+    def build(self, *, param_dtype: Any = jnp.float32, rngs: nnx.Rngs) -> "InternVL":
+        """Makes the network with random parameters."""
+        return InternVL(self, param_dtype=param_dtype, rngs=rngs)
 
     @property
     def tokens_per_tile(self) -> int:
@@ -50,6 +55,13 @@ class InternVLConfig:
     def internvl3_1b(cls) -> "InternVLConfig":
         """InternVL3-1B: Qwen2.5-0.5B behind InternViT-300M."""
         return cls(VisionConfig(), DecoderConfig(151674, 896, 24, 14, 2, 64, 4864))
+
+    @classmethod
+    def internvl2_5_8b(cls) -> "InternVLConfig":
+        """InternVL2.5-8B: InternLM2.5-7B behind InternViT-300M."""
+        return cls(
+            VisionConfig(), DecoderConfig(92553, 4096, 32, 32, 8, 128, 14336, rms_eps=1e-5, attention_bias=False)
+        )
 
     @classmethod
     def demo(cls, vocab_size: int) -> "InternVLConfig":
@@ -194,37 +206,23 @@ def _original_vision(config: Mapping[str, Any]) -> VisionConfig:
     )
 
 
-class InternVL(nnx.Module):
+class InternVL(LanguageModel):
     """Vision tower, projector and decoder."""
 
     def __init__(self, config: InternVLConfig, *, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
-        self.config = config
         options = {"param_dtype": param_dtype, "rngs": rngs}
         self.vision = VisionTower(config.vision, **options)
         self.projector = Projector(config.projector_features, config.decoder.hidden_size, **options)
-        self.decoder = Decoder(config.decoder, **options)
+        super().__init__(config, **options)
 
     def image_features(
-        self, pixels: Float[Array, "B T h w 3"], *, remat: nn.Remat | None = None
-    ) -> Float[Array, "B image_tokens H"]:
+        self, batch: EncoderBatch, *, remat: nn.Remat | None = None
+    ) -> Float[Array, "B image_tokens H"] | None:
         """Returns the embeddings of a row's tiles, tile after tile, row by row within a tile."""
-        vision = self.config.vision
+        if batch.pixels is None or not batch.pixels.shape[1]:
+            return None
+        vision, pixels = self.config.vision, jnp.asarray(batch.pixels)
         states = self.vision(pixels.reshape(-1, *pixels.shape[2:]), remat=remat)[:, 1:]
         grid = states.reshape(-1, vision.side_patches, vision.side_patches, vision.hidden_size)
         merged = pixel_shuffle(grid, vision.shuffle, transposed=vision.shuffle_transposed)
         return self.projector(merged.reshape(pixels.shape[0], -1, self.config.projector_features))
-
-    def embed(self, batch: EncoderBatch, *, remat: nn.Remat | None = None) -> Float[Array, "B S H"]:
-        """Returns what enters the first block: token embeddings, with image features in the places of image tokens."""
-        embeddings = self.embed_tokens(jnp.asarray(batch.token_ids))
-        if batch.pixels is None or not batch.pixels.shape[1]:
-            return embeddings
-        features = self.image_features(jnp.asarray(batch.pixels), remat=remat).astype(embeddings.dtype)
-        is_image = jnp.asarray(batch.is_image)
-        order = jnp.clip(jnp.cumsum(is_image, axis=1) - 1, 0, features.shape[1] - 1)
-        placed = jnp.take_along_axis(features, order[:, :, None], axis=1)
-        return jnp.where(is_image[:, :, None], placed, embeddings)
-
-    def embed_tokens(self, token_ids: Int[Array, "B S"]) -> Float[Array, "B S H"]:
-        """Returns the embeddings of token ids alone."""
-        return self.decoder.embed(token_ids)

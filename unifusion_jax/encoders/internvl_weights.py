@@ -2,9 +2,8 @@
 
 import re
 
-import numpy as np
-
-from unifusion_jax.encoders.families import decoder_rules
+from unifusion_jax.encoders.families import decoder_rules, meta_rules
+from unifusion_jax.encoders.internvl import InternVLConfig
 from unifusion_jax.weights import CONV, IDENTITY, LINEAR, Rule, Transform
 
 _TOWER = "model.vision_tower."
@@ -47,25 +46,26 @@ def _projector_rules() -> list[Rule]:
     return rules
 
 
-def _third(index: int, of: Transform) -> Transform:
-    """Takes the q, k or v rows of the original layout's fused map. Only for reading: a third does not make a whole."""
-
-    def refuse(_: np.ndarray) -> np.ndarray:
-        raise ValueError("The fused qkv tensor of the original layout is only read, never written.")
-
-    return Transform(lambda x: of.forward(x.reshape(3, -1, *x.shape[1:])[index]), refuse)
+def third(index: int, of: Transform) -> Transform:
+    """Takes the q, k or v rows of a fused map. Only for reading: a third does not make a whole."""
+    return Transform(lambda x: of.forward(x.reshape(3, -1, *x.shape[1:])[index]), None)
 
 
 def _fused_rules() -> list[Rule]:
     rules = []
     for index, name in enumerate("qkv"):
-        rules.append(Rule(f"{_LAYER}.attention.qkv.weight", f"{_BLOCK}.{name}.kernel", _third(index, LINEAR)))
-        rules.append(Rule(f"{_LAYER}.attention.qkv.bias", f"{_BLOCK}.{name}.bias", _third(index, IDENTITY)))
+        rules.append(Rule(f"{_LAYER}.attention.qkv.weight", f"{_BLOCK}.{name}.kernel", third(index, LINEAR)))
+        rules.append(Rule(f"{_LAYER}.attention.qkv.bias", f"{_BLOCK}.{name}.bias", third(index, IDENTITY)))
     return rules
 
 
 RULES = (*_tower_rules(), *_projector_rules(), *decoder_rules("model.language_model.", "lm_head.weight"))
-READ_RULES = (*RULES, *_fused_rules())
+
+
+def read_rules(config: InternVLConfig) -> list[Rule]:
+    """Returns the table of all spellings: this one, and what the original layout fuses or, with InternLM2, packs."""
+    return [*RULES, *_fused_rules(), *meta_rules(config.decoder, "model.language_model.", "output.weight")]
+
 
 # Regular expressions of the original layout's names and of older transformers' ones, and their current spelling.
 _SPELLINGS = tuple(
@@ -89,7 +89,7 @@ _SPELLINGS = tuple(
         (r"vision_tower\.(.+)", _TOWER + r"\1"),
         (r"multi_modal_projector\.(.+)", _PROJECTOR + r"\1"),
         (r"language_model\.model\.(.+)", r"model.language_model.\1"),
-        (r"language_model\.lm_head\.weight", "lm_head.weight"),
+        (r"language_model\.(lm_head|output)\.weight", r"\1.weight"),
     )
 )
 

@@ -6,11 +6,11 @@ from jaxtyping import Array, Float
 
 from unifusion_jax import layers as nn
 from unifusion_jax.encoders.batch import EncoderBatch
-from unifusion_jax.encoders.internvl import InternVL
+from unifusion_jax.encoders.model import LanguageModel
 
 
 def next_token_loss(
-    model: InternVL, batch: EncoderBatch, *, remat: nn.Remat | None = None
+    model: LanguageModel, batch: EncoderBatch, *, remat: nn.Remat | None = None
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Mean cross-entropy of the target tokens, the closing one included, given all tokens before each.
 
@@ -29,7 +29,7 @@ def next_token_loss(
     if batch.is_target is None:
         raise ValueError("The batch has no is_target marks. Prepare it from prompts that have a target.")
     mask = jnp.asarray(batch.mask)
-    hidden = model.decoder.hidden(model.embed(batch, remat=remat), mask, remat=remat)
+    hidden = model.states(batch, (model.decoder.config.num_layers,), remat=remat)[:, :, 0]
     logits = model.decoder.logits(hidden[:, :-1])
     labels = jnp.asarray(batch.token_ids)[:, 1:]
     weights = (jnp.asarray(batch.is_target) & mask)[:, 1:].astype(jnp.float32)

@@ -3,14 +3,16 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+import PIL.Image
 from jaxtyping import Bool, Float, Int
 
 from unifusion_jax.encoders.batch import EncoderBatch
-from unifusion_jax.encoders.chat import IMAGE, TURN_END, Chat
-from unifusion_jax.encoders.tiling import TilingConfig, tile_image
+from unifusion_jax.encoders.chat import Chat
+from unifusion_jax.encoders.templates import INTERNVL, Template
+from unifusion_jax.encoders.tiling import Cut
 from unifusion_jax.prompt import Prompt
 
 
@@ -23,6 +25,30 @@ class Row:
     keep: Bool[np.ndarray, "s"]
     is_target: Bool[np.ndarray, "s"]
     pixels: Float[np.ndarray, "t h w 3"] | None
+    grid: Int[np.ndarray, "t 3"] | None = None
+
+
+@runtime_checkable
+class Tiling(Protocol):
+    """A rule that cuts images; `tiling.TilingConfig` is one."""
+
+    @property
+    def tile_px(self) -> int:
+        """Side of a tile."""
+        ...
+
+    @property
+    def has_grid(self) -> bool:
+        """Whether its cuts tell the place of each tile."""
+        ...
+
+    def with_max_tiles(self, max_tiles: int | None) -> Any:
+        """Returns the same rule with another bound on the tiles of an image; None changes nothing."""
+        ...
+
+    def cut(self, image: PIL.Image.Image) -> Cut:
+        """Cuts an image."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,33 +57,35 @@ class Processor:
 
     Attributes:
       tokenizer: a transformers tokenizer of the tokenizers backend.
-      tiling: how images are cut.
+      tiling: how images are cut; None for a model that reads text only.
       tokens_per_tile: image tokens of one tile.
       max_positions: longest sequence that the decoder takes.
       system: system message of prompts that give none; "" for no system turn.
+      template: what stands around the parts of a prompt.
     """
 
     tokenizer: Any
-    tiling: TilingConfig
+    tiling: Tiling | None
     tokens_per_tile: int
     max_positions: int
     system: str = ""
+    template: Template = INTERNVL
 
     @functools.cached_property
     def chat(self) -> Chat:
         """The renderer of prompts."""
-        return Chat(self.tokenizer)
+        return Chat(self.tokenizer, self.template)
 
     @property
-    def image_id(self) -> int:
-        """Id of the image token."""
-        return self.chat.ids[IMAGE]
+    def image_id(self) -> int | None:
+        """Id of the image token; None for a model that reads text only."""
+        return self.chat.image_id
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
         """Ids that end the assistant's answer; the first is the one that closes a turn."""
-        end, eos = self.chat.ids[TURN_END], self.tokenizer.eos_token_id
-        return (end,) if eos is None or eos == end else (end, int(eos))
+        ids, eos = self.chat.stop_ids, self.tokenizer.eos_token_id
+        return ids if eos is None or eos in ids else (*ids, int(eos))
 
     @property
     def pad_id(self) -> int:
@@ -67,16 +95,26 @@ class Processor:
 
     def prepare_row(self, prompt: Prompt, *, max_tiles: int | None = None) -> Row:
         """Cuts and renders one prompt; `max_tiles` bounds the tile grid of each image (thumbnail not counted)."""
-        tiling = self.tiling.with_max_tiles(max_tiles)
-        tiles = [tile_image(image, tiling) for image in prompt.images]
+        cuts = self._cut(prompt.images, max_tiles)
         chat = self.chat.render(
             prompt.instruction,
-            [len(cut) * self.tokens_per_tile for cut in tiles],
+            [[tiles * self.tokens_per_tile for tiles in cut.spans] for cut in cuts],
             system=self.system if prompt.system is None else prompt.system,
             target=prompt.target,
         )
-        pixels = np.concatenate(tiles) if tiles else None
-        return Row(chat.token_ids, chat.is_image, chat.keep, chat.is_target, pixels)
+        pixels = np.concatenate([cut.pixels for cut in cuts]) if cuts else None
+        return Row(chat.token_ids, chat.is_image, chat.keep, chat.is_target, pixels, _numbered(cuts))
+
+    def _cut(self, images: Sequence[PIL.Image.Image], max_tiles: int | None) -> list[Cut]:
+        if not images:
+            return []
+        if self.tiling is None:
+            raise ValueError(
+                f"The prompt has {len(images)} images, but this encoder reads text only. Leave them out, or load an "
+                "encoder with a vision tower."
+            )
+        tiling = self.tiling.with_max_tiles(max_tiles)
+        return [tiling.cut(image) for image in images]
 
     def collate(
         self,
@@ -110,13 +148,15 @@ class Processor:
                 )
         length = max(len(row.token_ids) for row in rows) if max_tokens is None else max_tokens
         tiles = max(_tiles(row) for row in rows) if row_tiles is None else row_tiles
-        pixels = None
-        if tiles:
+        pixels = grid = None
+        if tiles and self.tiling is not None:
             side = self.tiling.tile_px
             pixels = np.zeros((len(rows), tiles, side, side, 3), np.float32)
             for place, row in zip(pixels, rows, strict=True):
                 if row.pixels is not None:
                     place[: len(row.pixels)] = row.pixels
+            if self.tiling.has_grid:
+                grid = _pad([_NO_GRID if row.grid is None else row.grid for row in rows], tiles, -1)
         return EncoderBatch(
             token_ids=_pad([row.token_ids for row in rows], length, self.pad_id),
             mask=np.arange(length) < np.array([len(row.token_ids) for row in rows])[:, None],
@@ -124,6 +164,7 @@ class Processor:
             keep=_pad([row.keep for row in rows], length, False),
             pixels=pixels,
             is_target=_pad([row.is_target for row in rows], length, False),
+            grid=grid,
         )
 
     def prepare(
@@ -157,8 +198,22 @@ def _tiles(row: Row) -> int:
     return 0 if row.pixels is None else len(row.pixels)
 
 
+_NO_GRID = np.zeros((0, 3), np.int32)
+
+
+def _numbered(cuts: Sequence[Cut]) -> np.ndarray | None:
+    """Returns number of the image, row and column of each tile, -1 in empty places; None where cuts tell no places."""
+    rows = []
+    for number, cut in enumerate(cuts):
+        if cut.grid is not None:
+            numbers = np.where(cut.grid[:, :1] < 0, -1, number)
+            rows.append(np.concatenate([numbers, cut.grid], axis=1).astype(np.int32))
+    return np.concatenate(rows) if rows else None
+
+
 def _pad(rows: Sequence[np.ndarray], length: int, value: int | bool) -> np.ndarray:
-    padded = np.full((len(rows), length), value, rows[0].dtype)
+    """Stacks rows, the first axis of each filled up to `length`."""
+    padded = np.full((len(rows), length, *rows[0].shape[1:]), value, rows[0].dtype)
     for place, row in zip(padded, rows, strict=True):
         place[: len(row)] = row
     return padded

@@ -1,4 +1,4 @@
-"""Dynamic tiling: an image of any size becomes square tiles of one size, and a thumbnail.
+"""How images become square tiles; and InternVL's way, dynamic tiling: tiles of one size, and a thumbnail.
 
 The rule is InternVL's (section "dynamic resolution" of arXiv 2404.16821): pick the grid of tiles whose aspect ratio is
 nearest to the image's, stretch the image over it, cut it row by row, and append the whole image as a last tile.
@@ -10,10 +10,26 @@ import functools
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
-from jaxtyping import Float
+from jaxtyping import Float, Int, UInt8
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """One image as tiles.
+
+    Attributes:
+      pixels: normalised tiles; those that `grid` marks with -1 are zero and stand for nothing.
+      spans: tiles of each run of image tokens that the prompt shows, in order. They add up to the tiles that exist.
+      grid: row and column of each tile in its image, where the network needs them. Its tokens then follow row by row,
+        whatever the order of the tiles here.
+    """
+
+    pixels: Float[np.ndarray, "t h w 3"]
+    spans: tuple[int, ...]
+    grid: Int[np.ndarray, "t 2"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,19 +52,25 @@ class TilingConfig:
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
 
+    has_grid = False
+
     def __post_init__(self):
         if self.tile_px < 1:
             raise ValueError(f"tile_px must be positive, got {self.tile_px}.")
         if not 1 <= self.min_tiles <= self.max_tiles:
             raise ValueError(f"Expected 1 <= min_tiles <= max_tiles, got {self.min_tiles} and {self.max_tiles}.")
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
-            raise ValueError(f"mean and std need three values, std positive, got mean={self.mean}, std={self.std}.")
+        check_levels(self.mean, self.std)
 
     def with_max_tiles(self, max_tiles: int | None) -> "TilingConfig":
         """Returns this configuration with another `max_tiles`; None changes nothing."""
         if max_tiles is None or max_tiles == self.max_tiles:
             return self
         return dataclasses.replace(self, max_tiles=max_tiles, min_tiles=min(self.min_tiles, max(max_tiles, 1)))
+
+    def cut(self, image: PIL.Image.Image) -> Cut:
+        """Cuts an image; its tiles are one run."""
+        pixels = tile_image(image, self)
+        return Cut(pixels, (len(pixels),))
 
 
 @functools.lru_cache(maxsize=64)
@@ -104,8 +126,21 @@ def tile_image(image: PIL.Image.Image, config: TilingConfig) -> Float[np.ndarray
     if config.thumbnail and len(cut) > 1:
         whole = np.asarray(image.resize((side, side), PIL.Image.Resampling.BICUBIC))
         cut = np.concatenate([cut, whole[None]])
-    table = _levels(config.mean, config.std)
-    return np.stack([table[channel][cut[..., channel]] for channel in range(3)], axis=-1)
+    return normalise(cut, config.mean, config.std)
+
+
+def check_levels(mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    """Raises ValueError unless both have a value for each of three channels."""
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        raise ValueError(f"mean and std need three values, std positive, got mean={mean}, std={std}.")
+
+
+def normalise(
+    pixels: UInt8[np.ndarray, "*batch 3"], mean: tuple[float, ...], std: tuple[float, ...]
+) -> Float[np.ndarray, "*batch 3"]:
+    """Returns (pixels / 255 - mean) / std, bit-equal to the published PIL pipelines."""
+    table = _levels(mean, std)
+    return np.stack([table[channel][pixels[..., channel]] for channel in range(3)], axis=-1)
 
 
 @functools.lru_cache(maxsize=8)

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from unifusion_jax.encoders.chat import CONTROL_TOKENS, IMAGE, IMAGE_END, IMAGE_START, TURN_END
+from unifusion_jax.encoders.templates import CONTROL_TOKENS, IMAGE, IMAGE_END, IMAGE_START, TURN_END
 
 PAD = "<|endoftext|>"
 # transformers' InternVL processor asks the tokenizer for these by role.

@@ -1,9 +1,10 @@
-"""InternViT, pixel shuffle and the projector: image tiles in, language-model embeddings out.
+"""Vision transformers over square tiles (InternViT, SigLIP), and what InternVL puts behind its own.
 
-Source of the layout: OpenGVLab/InternVL `modeling_intern_vit.py` and `modeling_internvl_chat.py`.
+Sources of the layouts: OpenGVLab/InternVL `modeling_intern_vit.py` and `modeling_internvl_chat.py`; transformers' SigLIP.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,26 +13,63 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from unifusion_jax import layers as nn
+from unifusion_jax.encoders.decoder_config import ACTIVATIONS
 from unifusion_jax.parallel.attention import attention
 
 
 @dataclasses.dataclass(frozen=True)
+class BlockConfig:
+    """Sizes and switches of one block of a vision tower.
+
+    Attributes:
+      hidden_size: width.
+      num_heads: attention heads, a divisor of the width.
+      ffn_size: inner width of the feed-forward layer.
+      norm: "layer_norm", or "rms_norm".
+      norm_eps: of both norms of a block.
+      qkv_bias: biases on the q, k and v maps.
+      qk_norm: RMS norm of queries and keys over the full width.
+      layer_scale_init: first value of the learned scales per channel; None for no scales.
+      activation: of the feed-forward layer.
+      gated: whether that layer is down(act(gate x) * up x) instead of down(act(up x)).
+    """
+
+    hidden_size: int
+    num_heads: int
+    ffn_size: int
+    norm: str = "layer_norm"
+    norm_eps: float = 1e-6
+    qkv_bias: bool = True
+    qk_norm: bool = False
+    layer_scale_init: float | None = None
+    activation: str = "gelu"
+    gated: bool = False
+
+    def __post_init__(self):
+        if self.num_heads < 1 or self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"A vision tower's hidden_size must be a multiple of num_heads, got {self.hidden_size} and "
+                f"{self.num_heads}."
+            )
+        if self.norm not in ("layer_norm", "rms_norm"):
+            raise ValueError(f"A vision tower's norm must be 'layer_norm' or 'rms_norm', got {self.norm!r}.")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"Unknown activation {self.activation!r}, expected one of {sorted(ACTIVATIONS)}.")
+
+
+@dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """Sizes and switches of InternViT and of the pixel shuffle behind it.
+    """Sizes and switches of a tower over square tiles, and how many of its patches become one token.
 
     Attributes:
       image_px: side of a tile; positions are learned for this size.
       patch_px: side of a patch.
-      hidden_size: width.
       num_layers: blocks.
-      num_heads: attention heads, a divisor of the width.
-      ffn_size: inner width of the feed-forward layer.
-      norm: "layer_norm", or "rms_norm" (the 6B tower).
-      norm_eps: of both norms of a block.
-      qkv_bias: biases on the q, k and v maps.
-      qk_norm: RMS norm of queries and keys over the full width.
-      layer_scale_init: first value of the learned scales per channel.
-      shuffle: side of the square of patches that is merged into one token (2 for a downsample ratio of 0.5).
+      hidden_size, num_heads, ffn_size, norm, norm_eps, qkv_bias, qk_norm, layer_scale_init, activation: of the blocks,
+        see `BlockConfig`.
+      cls: whether a learned token stands before the patches.
+      final_norm: whether a norm follows the last block.
+      shuffle: side of the square of patches that becomes one token (2 for a downsample ratio of 0.5).
       shuffle_transposed: pixel shuffle version 1, whose result is transposed in space.
     """
 
@@ -45,7 +83,10 @@ class VisionConfig:
     norm_eps: float = 1e-6
     qkv_bias: bool = True
     qk_norm: bool = False
-    layer_scale_init: float = 0.1
+    layer_scale_init: float | None = 0.1
+    activation: str = "gelu"
+    cls: bool = True
+    final_norm: bool = False
     shuffle: int = 2
     shuffle_transposed: bool = False
 
@@ -55,13 +96,13 @@ class VisionConfig:
                 "VisionConfig.image_px must be a multiple of patch_px * shuffle, got "
                 f"{self.image_px}, {self.patch_px} and {self.shuffle}."
             )
-        if self.hidden_size % self.num_heads:
-            raise ValueError(
-                "VisionConfig.hidden_size must be a multiple of num_heads, got "
-                f"{self.hidden_size} and {self.num_heads}."
-            )
-        if self.norm not in ("layer_norm", "rms_norm"):
-            raise ValueError(f"VisionConfig.norm must be 'layer_norm' or 'rms_norm', got {self.norm!r}.")
+        _ = self.block  # its own checks
+
+    @property
+    def block(self) -> BlockConfig:
+        """Sizes of the blocks."""
+        names = [field.name for field in dataclasses.fields(BlockConfig) if field.name != "gated"]
+        return BlockConfig(**{name: getattr(self, name) for name in names})
 
     @property
     def side_patches(self) -> int:
@@ -74,16 +115,16 @@ class VisionConfig:
         return (self.side_patches // self.shuffle) ** 2
 
 
-def _norm(config: VisionConfig, param_dtype: Any, rngs: nnx.Rngs) -> nnx.Module:
+def _norm(config: BlockConfig | VisionConfig, param_dtype: Any, rngs: nnx.Rngs) -> nnx.Module:
     if config.norm == "rms_norm":
         return nn.RMSNorm(config.hidden_size, eps=config.norm_eps, param_dtype=param_dtype)
     return nn.layer_norm(config.hidden_size, eps=config.norm_eps, dtype=None, param_dtype=param_dtype, rngs=rngs)
 
 
 class Block(nnx.Module):
-    """x + ls1 * attention(norm x), then x + ls2 * mlp(norm x), with a learned scale per channel."""
+    """x + attention(norm x), then x + mlp(norm x), each branch with a learned scale per channel where configured."""
 
-    def __init__(self, config: VisionConfig, *, param_dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: BlockConfig, *, param_dtype: Any, rngs: nnx.Rngs):
         self.config = config
         width = config.hidden_size
         options = {"dtype": None, "param_dtype": param_dtype, "rngs": rngs}
@@ -96,48 +137,71 @@ class Block(nnx.Module):
             self.q_norm = nn.RMSNorm(width, eps=1e-6, param_dtype=param_dtype)
             self.k_norm = nn.RMSNorm(width, eps=1e-6, param_dtype=param_dtype)
         self.mlp_norm = _norm(config, param_dtype, rngs)
+        if config.gated:
+            self.gate = nn.linear(width, config.ffn_size, ("embed", "mlp"), bias=True, **options)
         self.up = nn.linear(width, config.ffn_size, ("embed", "mlp"), bias=True, **options)
         self.down = nn.linear(config.ffn_size, width, ("mlp", "embed"), bias=True, **options)
-        self.scale1 = nnx.Param(jnp.full((width,), config.layer_scale_init, param_dtype), axes=("norm",))
-        self.scale2 = nnx.Param(jnp.full((width,), config.layer_scale_init, param_dtype), axes=("norm",))
+        if config.layer_scale_init is not None:
+            self.scale1 = nnx.Param(jnp.full((width,), config.layer_scale_init, param_dtype), axes=("norm",))
+            self.scale2 = nnx.Param(jnp.full((width,), config.layer_scale_init, param_dtype), axes=("norm",))
 
-    def __call__(self, x: Float[Array, "B S W"]) -> Float[Array, "B S W"]:
-        """Runs the block; every token sees every other."""
+    def __call__(
+        self, x: Float[Array, "B S W"], attend: Callable[[Any, Any, Any], jax.Array] = attention
+    ) -> Float[Array, "B S W"]:
+        """Runs the block.
+
+        Args:
+          x: states.
+          attend: maps queries, keys and values, each [B, S, heads, E], to their mixture; by default every token sees
+            every other.
+        """
         normed = self.attention_norm(x)
         query, key, value = self.q(normed), self.k(normed), self.v(normed)
         if self.config.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
         heads = (*x.shape[:2], self.config.num_heads, -1)
-        mixed = attention(query.reshape(heads), key.reshape(heads), value.reshape(heads)).reshape(x.shape)
-        x = x + self.scale1[...] * self.o(mixed)
-        inner = jax.nn.gelu(self.up(self.mlp_norm(x)), approximate=False)
-        return x + self.scale2[...] * self.down(inner)
+        mixed = attend(query.reshape(heads), key.reshape(heads), value.reshape(heads)).reshape(x.shape)
+        x = x + self._scaled("scale1", self.o(mixed))
+        return x + self._scaled("scale2", self._mlp(self.mlp_norm(x)))
+
+    def _scaled(self, name: str, branch: jax.Array) -> jax.Array:
+        return branch if self.config.layer_scale_init is None else getattr(self, name)[...] * branch
+
+    def _mlp(self, x: jax.Array) -> jax.Array:
+        activation = ACTIVATIONS[self.config.activation]
+        inner = activation(self.gate(x)) * self.up(x) if self.config.gated else activation(self.up(x))
+        return self.down(inner)
 
 
 class VisionTower(nnx.Module):
-    """InternViT without a final norm."""
+    """Patches with learned positions, blocks, and a last norm where configured."""
 
     def __init__(self, config: VisionConfig, *, param_dtype: Any = jnp.float32, rngs: nnx.Rngs):
         self.config = config
         width = config.hidden_size
-        positions = config.side_patches**2 + 1
+        positions = config.side_patches**2 + config.cls
         size = {"stride_px": config.patch_px, "padding": "VALID"}
         self.patch = nn.conv(3, width, config.patch_px, **size, dtype=None, param_dtype=param_dtype, rngs=rngs)
         normal = nnx.initializers.normal(0.02)
-        self.cls = nnx.Param(normal(rngs.params(), (1, 1, width), param_dtype), axes=(None, None, "norm"))
+        if config.cls:
+            self.cls = nnx.Param(normal(rngs.params(), (1, 1, width), param_dtype), axes=(None, None, "norm"))
         self.positions = nnx.Param(normal(rngs.params(), (1, positions, width), param_dtype), axes=(None, None, "norm"))
         self.layers = nn.Stack(
-            lambda rngs: Block(config, param_dtype=param_dtype, rngs=rngs), config.num_layers, rngs=rngs
+            lambda rngs: Block(config.block, param_dtype=param_dtype, rngs=rngs), config.num_layers, rngs=rngs
         )
+        if config.final_norm:
+            self.norm = _norm(config, param_dtype, rngs)
 
     def __call__(self, pixels: Float[Array, "B h w 3"], *, remat: nn.Remat | None = None) -> Float[Array, "B tokens W"]:
-        """Returns the states after the last block of the CLS token and the patches, row by row."""
-        patches = self.patch(pixels.astype(self.patch.kernel[...].dtype))
-        patches = patches.reshape(patches.shape[0], -1, patches.shape[-1])
-        cls = jnp.broadcast_to(self.cls[...], (patches.shape[0], 1, patches.shape[-1])).astype(patches.dtype)
-        x = jnp.concatenate([cls, patches], axis=1) + self.positions[...]
+        """Returns the states of the CLS token, if there is one, and of the patches, row by row."""
+        x = self.patch(pixels.astype(self.patch.kernel[...].dtype))
+        x = x.reshape(x.shape[0], -1, x.shape[-1])
+        if self.config.cls:
+            cls = jnp.broadcast_to(self.cls[...], (x.shape[0], 1, x.shape[-1])).astype(x.dtype)
+            x = jnp.concatenate([cls, x], axis=1)
+        x = x + self.positions[...]
         x, _ = self.layers.scan(lambda block, x, _: (block(x), None), x, remat=remat)
-        return x
+        return self.norm(x) if self.config.final_norm else x
 
 
 def pixel_shuffle(

@@ -9,4 +9,5 @@ from unifusion_jax.flow.matching import shift_timesteps as shift_timesteps
 from unifusion_jax.flow.sampling import SamplingConfig as SamplingConfig
 from unifusion_jax.flow.sampling import guided as guided
 from unifusion_jax.flow.sampling import integrate as integrate
+from unifusion_jax.flow.sampling import is_first as is_first
 from unifusion_jax.flow.sampling import timesteps as timesteps

@@ -50,7 +50,7 @@ class FlowConfig:
         return self.shift or math.sqrt(cells / self.base_cells)
 
 
-def shift_timesteps(t: Float[Array, "*T"], shift: float) -> Float[Array, "*T"]:
+def shift_timesteps(t: Float[Array, "*T"], shift: float | Float[Array, ""]) -> Float[Array, "*T"]:
     """Maps t to shift * t / (1 + (shift - 1) t); 0 and 1 stay where they are."""
     return shift * t / (1 + (shift - 1) * t)
 

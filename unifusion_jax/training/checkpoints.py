@@ -8,6 +8,8 @@ import jax
 import orbax.checkpoint as ocp
 from flax import traverse_util
 
+from unifusion_jax.config import from_mapping, to_json
+from unifusion_jax.training.config import TrainConfig
 from unifusion_jax.training.state import TrainState
 
 CONFIG_FILE = "config.json"
@@ -137,6 +139,16 @@ def from_tree(tree: dict[str, Any], abstract: TrainState) -> TrainState:
     return TrainState(tree["step"], tree["params"], tree.get("ema", {}) or {}, opt_state, tree["metrics"])
 
 
+def latest_step(workdir: Path) -> int:
+    """Returns the step of the newest checkpoint of a workdir; 0 where there is none. Makes no folder."""
+    if not (workdir / _FOLDER).is_dir():
+        return 0
+    checkpoints = Checkpoints(workdir)
+    step = checkpoints.latest_step()
+    checkpoints.close()
+    return step or 0
+
+
 def check_config(workdir: Path, config_json: str) -> None:
     """Checks that a workdir is new or holds a run of this config.
 
@@ -146,7 +158,9 @@ def check_config(workdir: Path, config_json: str) -> None:
     file = workdir / CONFIG_FILE
     if not file.exists():
         return
-    differing = _differences(json.loads(file.read_text()), json.loads(config_json))
+    # A key that came after the run was recorded stood at its default.
+    recorded = to_json(from_mapping(TrainConfig, json.loads(file.read_text()), f"{file}"))
+    differing = _differences(json.loads(recorded), json.loads(config_json))
     # A run may be continued for longer, saved or drawn more often; what it computes may not change.
     serious = [line for line in differing if not line.startswith(_HARMLESS)]
     if serious:

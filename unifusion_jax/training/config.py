@@ -23,15 +23,21 @@ class EncoderRef:
 
     Attributes:
       path: folder, hub id, or "bundled:demo/encoder".
-      layers: exported layers; empty takes every third one (1, 4, 7, ...), as the paper does.
+      layers: exported layers; empty leaves them to the conditioning strategy (LAP takes every third one, 1, 4, 7, ...).
       dtype: type its weights are kept and run in.
-      system_prompts: which set of `unifusion_jax.verifi.SYSTEM_PROMPTS` it is asked with.
+      system_prompts: which set of `unifusion_jax.verifi.SYSTEM_PROMPTS` it is asked with; "none" for encoders that have no
+        system turn.
+      verifi: the description that the encoder decodes conditions the DiT (in training a stored one); False: the user's own
+        words do, and nothing is decoded.
+      quantize: "int8" keeps its matrices in 8 bits, see `encoders.load`.
     """
 
     path: str = "bundled:demo/encoder"
-    system_prompts: Literal["full", "short"] = "full"
+    system_prompts: Literal["full", "short", "none"] = "full"
+    verifi: bool = True
     layers: tuple[int, ...] = ()
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    quantize: Literal["none", "int8"] = "none"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +125,27 @@ class EvaluationConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class FirstPhase:
+    """What a run begins with before its encoder and conditioning are swapped (paper, appendix A.1.3).
+
+    From the swap on the run's own encoder and conditioning hold; the DiT, its average, its optimizer state, the step and the
+    data go on.
+
+    Attributes:
+      steps: length of this phase; 0 for a run that swaps nothing.
+      encoder: its encoder.
+      conditioning: its conditioning.
+    """
+
+    steps: int = 0
+    encoder: EncoderRef = dataclasses.field(default_factory=EncoderRef)
+    conditioning: ConditioningConfig = dataclasses.field(default_factory=ConditioningConfig)
+
+    def __post_init__(self):
+        _at_least("first.steps", self.steps, 0)
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """Everything a training run depends on; saved with every checkpoint.
 
@@ -132,6 +159,7 @@ class TrainConfig:
       ema_decay: decay of the weights' moving average; 0 turns it off.
       init_from: folder that a run of the same task exported, to start from; empty starts from scratch.
       model: sizes of the "encoder" or "autoencoder" that those tasks train from scratch, by name of a constructor.
+      first: another encoder and conditioning for the first steps.
     """
 
     task: Literal["unifusion", "encoder", "autoencoder"] = "unifusion"
@@ -146,6 +174,7 @@ class TrainConfig:
     model: str = ""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     encoder: EncoderRef = dataclasses.field(default_factory=EncoderRef)
+    first: FirstPhase = dataclasses.field(default_factory=FirstPhase)
     autoencoder: AutoencoderRef = dataclasses.field(default_factory=AutoencoderRef)
     conditioning: ConditioningConfig = dataclasses.field(default_factory=ConditioningConfig)
     dit: DiTConfig = dataclasses.field(default_factory=DiTConfig.dit_8b)
@@ -162,3 +191,5 @@ class TrainConfig:
         _at_least("log_every_steps", self.log_every_steps, 1)
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}.")
+        if self.first.steps and self.task != "unifusion":
+            raise ValueError(f"first.steps={self.first.steps} swaps encoders, which task={self.task!r} has none of.")

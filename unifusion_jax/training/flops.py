@@ -4,6 +4,7 @@ A multiply-add counts as two. Attention counts the full S x S square, since the 
 as twice the forward; recomputation (remat) and the frozen networks are not model FLOPs of the trained stack and are left out.
 """
 
+from unifusion_jax.conditioning import LAPConfig
 from unifusion_jax.data.mixture import Mixture
 from unifusion_jax.model import ModelConfig
 
@@ -14,24 +15,43 @@ def block_flops(tokens: int, width: int, ffn_size: int, *, context: int | None =
     return projections + 4 * tokens * (context or tokens) * width
 
 
+def lap_flops(lap: LAPConfig, tokens: int) -> float:
+    """Forward FLOPs of one LAP over `tokens` tokens: blocks over N layers of each, then the pooling map."""
+    blocks = block_flops(tokens * lap.num_layers, lap.encoder_size, lap.ffn_size, context=lap.num_layers)
+    return lap.num_blocks * blocks + 2 * tokens * lap.num_layers * lap.encoder_size
+
+
+def refiner_flops(model: ModelConfig, tokens: int) -> float:
+    """Forward FLOPs of the refiner for `tokens` condition tokens."""
+    if not model.conditioning.refines:
+        return 0.0
+    refiner = model.conditioning.refiner(model.encoder_size, model.dit.hidden_size)
+    sequences = model.num_layers if model.conditioning.refiner_position == "before_lap" else 1
+    return refiner.num_blocks * sequences * block_flops(tokens, refiner.hidden_size, refiner.ffn_size)
+
+
 def condition_flops(model: ModelConfig, tokens: int) -> float:
-    """Forward FLOPs of LAP, projection and refiner for `tokens` condition tokens."""
+    """Forward FLOPs of the conditioning, LAP, projections and refiner, for `tokens` condition tokens."""
     conditioning, width = model.conditioning, model.dit.hidden_size
-    lap = conditioning.lap(model.num_layers, model.encoder_size)
-    refiner = conditioning.refiner(model.encoder_size, width)
-    sequences = model.num_layers if conditioning.refiner_position == "before_lap" else 1
-    return (
-        lap.num_blocks * block_flops(tokens * lap.num_layers, lap.encoder_size, lap.ffn_size, context=lap.num_layers)
-        + 2 * tokens * lap.num_layers * lap.encoder_size
-        + 2 * tokens * lap.encoder_size * width
-        + refiner.num_blocks * sequences * block_flops(tokens, refiner.hidden_size, refiner.ffn_size)
-    )
+    project = 2 * tokens * model.encoder_size * width
+    refiner = refiner_flops(model, tokens)
+    if conditioning.strategy == "last_layer":
+        return project + refiner
+    if conditioning.strategy in (
+        "hidden_state_injection",
+        "kv_fusion",
+    ):  # a layer's keys and values are its size together
+        return refiner + (model.num_layers * project if conditioning.learned_maps else 0.0)
+    laps = model.dit.num_layers if conditioning.strategy == "lap_injection" else 1
+    return laps * (lap_flops(conditioning.lap(model.num_layers, model.encoder_size), tokens) + project) + refiner
 
 
 def dit_flops(model: ModelConfig, condition_tokens: int, latent_tokens: int) -> float:
-    """Forward FLOPs of the DiT for one sample."""
+    """Forward FLOPs of the DiT for one sample. Fused keys are attended to, but are no tokens of the sequence."""
     dit = model.dit
-    blocks = dit.num_layers * block_flops(condition_tokens + latent_tokens, dit.hidden_size, dit.ffn_size)
+    context = condition_tokens + latent_tokens
+    tokens = context if model.conditioning.has_tokens else latent_tokens
+    blocks = dit.num_layers * block_flops(tokens, dit.hidden_size, dit.ffn_size, context=context)
     patches = 4 * latent_tokens * dit.latent_channels * dit.patch_size**2 * dit.hidden_size
     modulation = 2 * dit.hidden_size * (dit.time_features + 9 * dit.hidden_size)
     return blocks + patches + modulation

@@ -13,6 +13,7 @@ from unifusion_jax.training.checkpoints import Checkpoints
 from unifusion_jax.training.config import TrainConfig
 from unifusion_jax.training.metrics import MetricWriter, Stopwatch, averages
 from unifusion_jax.training.optimizer import make_optimizer
+from unifusion_jax.training.phases import Phase, Shapes, carry_on
 from unifusion_jax.training.rng import stream_key
 from unifusion_jax.training.state import TrainState, create_state, state_shardings
 from unifusion_jax.training.step import make_train_step, reset_metrics
@@ -25,10 +26,19 @@ class NonFiniteError(RuntimeError):
     """The loss or the gradient became NaN or infinite."""
 
 
-def fit(task: Task, config: TrainConfig, workdir: Path, mesh: Mesh) -> tuple[TrainState, MetricWriter]:
-    """Trains until `config.total_steps`, resuming from the newest checkpoint of `workdir`.
+def fit(
+    task: Task,
+    config: TrainConfig,
+    workdir: Path,
+    mesh: Mesh,
+    *,
+    phase: Phase | None = None,
+    before: Shapes | None = None,
+) -> tuple[TrainState, MetricWriter]:
+    """Trains until `config.total_steps`, or the end of `phase`, resuming from the newest checkpoint of `workdir`.
 
-    Returns the final state and the still open metric writer. Raises NonFiniteError, naming the interval, when the loss or
+    `before` are the parameters of the phase before, from whose last checkpoint this one starts. Returns the final state and
+    the still open metric writer. Raises NonFiniteError, naming the interval, when the loss or
     the gradient norm is not finite; the checkpoint before stays as it is.
     """
     tx = make_optimizer(config.optimizer, config.total_steps)
@@ -42,8 +52,13 @@ def fit(task: Task, config: TrainConfig, workdir: Path, mesh: Mesh) -> tuple[Tra
     shardings = state_shardings(abstract, task.param_shardings, mesh)
     checkpoints = Checkpoints(workdir, every_steps=config.checkpoint.every_steps, keep=config.checkpoint.keep)
     batches = task.batches()
+    phase = phase or Phase(config, 0, config.total_steps)
     if checkpoints.latest_step() is None:
         state = jax.jit(init, out_shardings=shardings)(key)
+    elif before is not None and checkpoints.latest_step() == phase.start:
+        state, position = carry_on(checkpoints, before, init, shardings, tx, mesh, seed=config.seed)
+        batches.set_state(position)
+        log.info("Encoder and conditioning swapped at step %d.", phase.start)
     else:
         placed = jax.tree.map(
             lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), abstract, shardings
@@ -65,7 +80,7 @@ def fit(task: Task, config: TrainConfig, workdir: Path, mesh: Mesh) -> tuple[Tra
     progress = tqdm.tqdm(total=config.total_steps, initial=start, unit="step", disable=jax.process_index() > 0)
     logged = start
     with batches, progress:
-        for step in range(start + 1, config.total_steps + 1):
+        for step in range(start + 1, phase.until + 1):
             waiting = time.perf_counter()
             batch = next(batches)
             watch.data_wait_s += time.perf_counter() - waiting
@@ -84,7 +99,7 @@ def fit(task: Task, config: TrainConfig, workdir: Path, mesh: Mesh) -> tuple[Tra
             pause = time.perf_counter()
             if config.preview.every_steps and step % config.preview.every_steps == 0:
                 _preview(task, state, step, workdir, writer)
-            checkpoints.maybe_save(step, state, batches.get_state(), force=step == config.total_steps)
+            checkpoints.maybe_save(step, state, batches.get_state(), force=step == phase.until)
             watch.pause(pause)
     checkpoints.close()
     return state, writer

@@ -98,11 +98,12 @@ def _muon_dimensions(params: Any) -> Any:
 
     def dimensions(path: Any, leaf: Any) -> MuonDimensionNumbers | None:
         keys = [getattr(key, "key", "") for key in path]
-        if (
-            not _is_kernel(path) or "head" in keys
-        ):  # of a vocabulary's scores, rare words must not move like common ones
+        # Of an output head, which scores a vocabulary, rare words must not move like common ones.
+        if not _is_kernel(path) or "head" in keys:
             return None
-        stacked = "blocks" in keys  # layers.Stack: one matrix per layer
-        return MuonDimensionNumbers(tuple(range(int(stacked), leaf.ndim - 1)), leaf.ndim - 1)
+        # layers.Stack has a matrix for each layer, and stacks of stacks one for each of theirs.
+        return MuonDimensionNumbers(
+            tuple(range(leaf.ndim - 2 if "blocks" in keys else 0, leaf.ndim - 1)), leaf.ndim - 1
+        )
 
     return jax.tree_util.tree_map_with_path(dimensions, params)

@@ -13,7 +13,8 @@ def demo() -> Any:
     config = to_config_dict(
         TrainConfig(
             dit=DiTConfig.demo(),
-            conditioning=ConditioningConfig(lap_heads=4, refiner_heads=5, lap_ffn_ratio=2.0, refiner_ffn_ratio=2.0),
+            # Encoder and DiT differ in width, depth and heads; the strategies that pair them need maps.
+            conditioning=ConditioningConfig(lap_heads=4, refiner_heads=5, learned_maps=True),
         )
     )
     config.batch_size = 16

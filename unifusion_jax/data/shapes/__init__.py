@@ -6,13 +6,20 @@ from unifusion_jax.data.shapes.language import Fact, describe, facts, parse_desc
 from unifusion_jax.data.shapes.render import render
 from unifusion_jax.data.shapes.scene import HELD_OUT_PAIRS, Scene, SceneObject, generator, sample_scene, split_of
 from unifusion_jax.data.shapes.scoring import EditScore, Score, score, score_edit
-from unifusion_jax.data.shapes.source import ShapesSource, evaluation_prompts
+from unifusion_jax.data.shapes.source import (
+    EvaluationEdit,
+    ShapesSource,
+    evaluation_compositions,
+    evaluation_edits,
+    evaluation_prompts,
+)
 
 __all__ = [
     "EDIT_KINDS",
     "HELD_OUT_PAIRS",
     "Detection",
     "EditScore",
+    "EvaluationEdit",
     "Fact",
     "Scene",
     "SceneObject",
@@ -20,6 +27,8 @@ __all__ = [
     "ShapesSource",
     "describe",
     "detect",
+    "evaluation_compositions",
+    "evaluation_edits",
     "evaluation_prompts",
     "facts",
     "generator",

@@ -1,16 +1,18 @@
 """The built-in world as a random-access source of records: an endless data set that needs no disk."""
 
 import dataclasses
+import itertools
 import operator
 from collections.abc import Sequence
 
 from unifusion_jax.data.records import RECONSTRUCTION_PROMPT, TASKS, Record
-from unifusion_jax.data.shapes.edits import sample_edit, sample_multi_reference
+from unifusion_jax.data.shapes.edits import EDIT_KINDS, sample_edit, sample_multi_reference
 from unifusion_jax.data.shapes.language import Fact, check_detail, describe, facts, user_prompt
 from unifusion_jax.data.shapes.render import render
 from unifusion_jax.data.shapes.scene import REFERENCE_SIZE_PX, Scene, check_split, generator, sample_scene
 
-_EVALUATION_STREAM = len(TASKS)  # the task streams come before it
+# The task streams come before these.
+_EVALUATION_STREAM, _EDITS_STREAM, _COMPOSITIONS_STREAM = range(len(TASKS), len(TASKS) + 3)
 
 
 class ShapesSource(Sequence):
@@ -134,3 +136,48 @@ def evaluation_prompts(
         prompt, stated = user_prompt(scene, rng)
         prompts.append((prompt, stated, scene))
     return prompts
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationEdit:
+    """A held-out request with reference pictures.
+
+    Attributes:
+        sources: scenes of the pictures.
+        instruction: what to do with them.
+        target: the scene it asks for.
+        kind: one of `EDIT_KINDS`, or "compose".
+    """
+
+    sources: tuple[Scene, ...]
+    instruction: str
+    target: Scene
+    kind: str
+
+
+def evaluation_edits(count: int, *, seed: int = 0, pairs: str = "seen") -> list[EvaluationEdit]:
+    """Edits of held-out scenes to held-out scenes, all kinds in turn; the list of a seed starts the same for any `count`."""
+    edits = []
+    for index in range(count):
+        rng = generator(seed, _EDITS_STREAM, int(pairs == "held_out"), index)
+        kind = EDIT_KINDS[index % len(EDIT_KINDS)]
+        source, instruction, target, kind = sample_edit(rng, "held_out", kind=kind, pairs=pairs)
+        edits.append(EvaluationEdit((source,), instruction, target, kind))
+    return edits
+
+
+def evaluation_compositions(
+    count: int, *, references: int = 2, seed: int = 0, pairs: str = "seen"
+) -> list[EvaluationEdit]:
+    """Instructions that bring objects of several held-out pictures together in one; `references` is 2 or 3."""
+    if references not in (2, 3):
+        raise ValueError(f"compositions have 2 or 3 reference pictures, got {references}")
+    found: list[EvaluationEdit] = []
+    for index in itertools.count():
+        if len(found) == count:
+            return found
+        rng = generator(seed, _COMPOSITIONS_STREAM, int(pairs == "held_out"), index)
+        sources, instruction, target = sample_multi_reference(rng, "held_out", pairs=pairs)
+        if len(sources) == references:
+            found.append(EvaluationEdit(sources, instruction, target, "compose"))
+    raise AssertionError("unreachable")

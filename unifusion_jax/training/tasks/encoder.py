@@ -49,6 +49,11 @@ class EncoderTask:
         start = encoders.load(config.init_from, dtype="float32") if config.init_from else None
         named = getattr(InternVLConfig, config.model or "demo")
         self.model_config: InternVLConfig = named(_VOCAB_SIZE) if start is None else start.config
+        if not isinstance(self.model_config, InternVLConfig):
+            raise ValueError(
+                f"init_from={config.init_from!r} is no InternVL model, the only kind of encoder that is trained here; its "
+                f"configuration is {type(self.model_config).__name__}. Other encoders are used frozen, as encoder.path."
+            )
         self.mixture = open_mixture(config, multiple_of_px=self.model_config.vision.image_px)
         self.frozen = {}
         self.flops_per_sample: float | None = None

@@ -20,20 +20,21 @@ from unifusion_jax.data.pipeline import BatchIterator
 from unifusion_jax.data.records import Record
 from unifusion_jax.encoders import EncoderBatch
 from unifusion_jax.encoders.processor import Row
-from unifusion_jax.evaluation.shapes import evaluate_prompts
+from unifusion_jax.evaluation.shapes import Drawing, evaluate_prompts
 from unifusion_jax.flow import flow_matching_loss, loss_by_bin, sample_timesteps
+from unifusion_jax.frozen import load_frozen, model_config_of
 from unifusion_jax.images import grid, to_float
 from unifusion_jax.model import UniFusionModel
 from unifusion_jax.parallel.remat import remat as block_remat
 from unifusion_jax.parallel.sharding import param_shardings
-from unifusion_jax.pipeline import UniFusion, check_fit, load_frozen, model_config_of
+from unifusion_jax.pipeline import UniFusion
 from unifusion_jax.prompt import Prompt
-from unifusion_jax.training.config import TrainConfig
+from unifusion_jax.training.config import EncoderRef, TrainConfig
 from unifusion_jax.training.flops import training_flops
 from unifusion_jax.training.state import Params
 from unifusion_jax.training.step import Sums
 from unifusion_jax.training.tasks.streams import open_batches, open_mixture
-from unifusion_jax.verifi import SYSTEM_PROMPTS
+from unifusion_jax.verifi import SYSTEM_PROMPTS, prompt_of
 
 _PREVIEW_COLUMNS = 4
 
@@ -51,8 +52,7 @@ class UniFusionTask:
     def __init__(self, config: TrainConfig, mesh: Mesh):
         self.config = config
         self.encoder, self.autoencoder = load_frozen(config, mesh)
-        self.model_config = model_config_of(config, self.encoder)
-        check_fit(self.encoder, self.autoencoder, self.model_config)
+        self.model_config = model_config_of(config, self.encoder.config)
         abstract = nnx.eval_shape(lambda: self._module(nnx.Rngs(0)))
         self.graphdef = nnx.graphdef(abstract)
         self.param_shardings = param_shardings(abstract, mesh)
@@ -90,14 +90,15 @@ class UniFusionTask:
 
         remat = block_remat(self.config.remat)
         drop = jax.random.bernoulli(drop_key, flow.condition_dropout, (rows,))
-        tokens, mask = model.condition(states.states, states.mask, drop=drop, remat=remat)
-        repeated = jax.tree.map(lambda x: jnp.repeat(x, flow.timesteps_per_sample, axis=0), (tokens, mask, latents))
-        tokens, mask, latents = repeated
+        condition = model.condition(states.states, states.mask, drop=drop, remat=remat)
+        condition, latents = jax.tree.map(
+            lambda x: jnp.repeat(x, flow.timesteps_per_sample, axis=0), (condition, latents)
+        )
 
         cells = latents.shape[1] * latents.shape[2]
         t = sample_timesteps(time_key, latents.shape[0], flow, cells)
         noise = jax.random.normal(noise_key, latents.shape, jnp.float32)
-        losses = flow_matching_loss(lambda x, t: model.velocity(x, t, tokens, mask, remat=remat), latents, noise, t)
+        losses = flow_matching_loss(lambda x, t: model.velocity(x, t, condition, remat=remat), latents, noise, t)
         sums, counts = loss_by_bin(losses, t, flow.loss_bins)
         by_bin = {f"loss_t{index}": (sums[index], counts[index]) for index in range(flow.loss_bins)}
         loss = losses.mean()
@@ -110,10 +111,8 @@ class UniFusionTask:
     def batches(self) -> BatchIterator:
         """Opens images with their prepared prompts."""
         processor = self.encoder.processor
-        prompts = SYSTEM_PROMPTS[self.config.encoder.system_prompts]
-        build = functools.partial(
-            _build_row, processor=processor, prompts=prompts, tiles_per_image=self.config.data.tiles_per_image
-        )
+        tiles = self.config.data.tiles_per_image
+        build = functools.partial(_build_row, processor=processor, asked=self.config.encoder, tiles_per_image=tiles)
         return open_batches(self.config, self.mixture, build, functools.partial(_collate, processor=processor))
 
     def pipeline(self, params: Params) -> UniFusion:
@@ -133,32 +132,29 @@ class UniFusionTask:
         """Prompts of the mixture's largest stream, with their stored targets."""
         stream = max(self.mixture.streams, key=lambda stream: stream.weight)
         records = [stream.source[int(stream.indices[index % len(stream.indices)])] for index in range(count)]
-        return [prompt_of(record, SYSTEM_PROMPTS[self.config.encoder.system_prompts]) for record in records]
+        return [_prompt_of(record, self.config.encoder) for record in records]
 
     def evaluate(self, params: Params) -> dict[str, float]:
         """Scores held-out prompts of the built-in world, where the config asks for it."""
         evaluation = self.config.evaluation
         if not evaluation.prompts:
             return {}
-        return evaluate_prompts(
-            self.pipeline(params), count=evaluation.prompts, steps=evaluation.steps, guidance=evaluation.guidance
-        )
+        drawing = Drawing(evaluation.steps, evaluation.guidance)
+        return evaluate_prompts(self.pipeline(params), drawing, count=evaluation.prompts)
 
     def export(self, params: Params, folder: Path) -> None:
         """Writes a folder that `UniFusion.load` reads."""
         exported.write(folder, self.config, self.model_config, params)
 
 
-def prompt_of(record: Record, prompts: Any) -> Prompt:
-    """Returns the prompt of a record, its stored target teacher-forced."""
-    images = [PIL.Image.fromarray(to_pixels(image)) for image in record.images]
-    return Prompt(record.prompt, images, target=record.target, system=prompts.of(record.task))
+def _prompt_of(record: Record, asked: EncoderRef) -> Prompt:
+    return prompt_of(record, SYSTEM_PROMPTS[asked.system_prompts], verifi=asked.verifi)
 
 
 def _build_row(
-    record: Record, bucket: Bucket, *, processor: Any, prompts: Any, tiles_per_image: int
+    record: Record, bucket: Bucket, *, processor: Any, asked: EncoderRef, tiles_per_image: int
 ) -> tuple[np.ndarray, Row]:
-    return to_pixels(record.image), processor.prepare_row(prompt_of(record, prompts), max_tiles=tiles_per_image)
+    return to_pixels(record.image), processor.prepare_row(_prompt_of(record, asked), max_tiles=tiles_per_image)
 
 
 def _collate(rows: Sequence[tuple[np.ndarray, Row]], bucket: Bucket, *, processor: Any) -> dict[str, Any]:

@@ -1,0 +1,134 @@
+"""What LAP costs: its share of a training step, and its attention over the layer axis both ways. Prints JSON lines.
+
+python benchmarks/lap.py              (FLOPs of the final config, and bytes of its compiled blocks; nothing is run)
+python benchmarks/lap.py --run        (also times the attention both ways, forward and with its gradient)
+
+Bytes are the compiler's own count for the backend it runs on, of one block, forward and backward, nothing recomputed; on CPU
+the DiT's attention writes its scores, which kernels of accelerators do not.
+"""
+
+import argparse
+import json
+import runpy
+import time
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from unifusion_jax.config import from_mapping
+from unifusion_jax.data.buckets import Budget
+from unifusion_jax.dit.blocks import Block
+from unifusion_jax.model import ModelConfig
+from unifusion_jax.parallel import attention as kernels
+from unifusion_jax.training.config import TrainConfig
+from unifusion_jax.training.flops import condition_flops, dit_flops, lap_flops, refiner_flops
+
+WAYS = {"matrix products": 0, "elementwise": kernels.FEW_TOKENS}
+
+
+def flop_shares(config: TrainConfig, model: ModelConfig, latent_tokens: int) -> list[dict[str, float | str]]:
+    """Returns LAP's and the refiner's shares of the FLOPs of a sample, for each task's condition length."""
+    lap = model.conditioning.lap(model.num_layers, model.encoder_size)
+    found = []
+    for task, given in config.data.budgets.items():
+        tokens = from_mapping(Budget, given).max_kept_tokens
+        whole = condition_flops(model, tokens) + dit_flops(model, tokens, latent_tokens)
+        found.append(
+            {
+                "task": task,
+                "condition_tokens": tokens,
+                "latent_tokens": latent_tokens,
+                "tflop_forward": whole / 1e12,
+                "lap_share": lap_flops(lap, tokens) / whole,
+                "refiner_share": refiner_flops(model, tokens) / whole,
+            }
+        )
+    return found
+
+
+def block_bytes(width: int, heads: int, ffn_size: int, rows: int, tokens: int) -> float:
+    """Returns the bytes that a compiled block moves, forward and backward, in bfloat16."""
+    block = nnx.eval_shape(
+        lambda: Block(width, heads, ffn_size, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    )
+    graphdef, params = nnx.split(block, nnx.Param)
+    x = jax.ShapeDtypeStruct((rows, tokens, width), jnp.bfloat16)
+    # Made here, so that each call is traced anew.
+    gradient = jax.jit(jax.grad(lambda params, x: jnp.sum(nnx.merge(graphdef, params)(x), dtype=jnp.float32), (0, 1)))
+    return gradient.lower(params, x).compile().cost_analysis()["bytes accessed"]
+
+
+def byte_shares(model: ModelConfig, condition_tokens: int, latent_tokens: int) -> dict[str, float]:
+    """Returns bytes in GB of a block of LAP, both ways, of the refiner and of the DiT, for one sample."""
+    lap = model.conditioning.lap(model.num_layers, model.encoder_size)
+    refiner, dit = model.conditioning.refiner(model.encoder_size, model.dit.hidden_size), model.dit
+    found = {}
+    for way, limit in WAYS.items():
+        with mock.patch.object(kernels, "FEW_TOKENS", limit):
+            sizes = (lap.encoder_size, lap.num_heads, lap.ffn_size, condition_tokens, lap.num_layers)
+            found[f"lap_block_gb, {way}"] = block_bytes(*sizes) / 1e9
+    sizes = (refiner.hidden_size, refiner.num_heads, refiner.ffn_size, 1, condition_tokens)
+    found["refiner_block_gb"] = block_bytes(*sizes) / 1e9
+    sizes = (dit.hidden_size, dit.num_heads, dit.ffn_size, 1, condition_tokens + latent_tokens)
+    found["dit_block_gb"] = block_bytes(*sizes) / 1e9
+    whole = dit.num_layers * found["dit_block_gb"] + refiner.num_blocks * found["refiner_block_gb"]
+    for way in WAYS:
+        part = lap.num_blocks * found[f"lap_block_gb, {way}"]
+        found[f"lap_share, {way}"] = part / (part + whole)
+    return found
+
+
+def times(tokens: int, layers: int, heads: int, head_dim: int, repeats: int) -> dict[str, dict[str, float]]:
+    """Returns the best times of the attention alone, in seconds; both ways must agree."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    inputs = [jax.random.normal(key, (tokens, layers, heads, head_dim), jnp.float32) for key in keys]
+    found, results = {}, []
+    for way, limit in WAYS.items():
+        with mock.patch.object(kernels, "FEW_TOKENS", limit):
+            forward = jax.jit(lambda *parts: kernels.attention(*parts))
+            both = jax.jit(jax.grad(lambda *parts: jnp.sum(jnp.square(kernels.attention(*parts))), argnums=(0, 1, 2)))
+            results.append((forward(*inputs), *both(*inputs)))
+        found[way] = {"forward_s": _best(forward, inputs, repeats), "gradient_s": _best(both, inputs, repeats)}
+    for one, other in zip(*results, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-4)
+    return found
+
+
+def _best(function, inputs, repeats: int) -> float:
+    spent = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        jax.block_until_ready(function(*inputs))
+        spent.append(time.perf_counter() - started)
+    return min(spent)
+
+
+def main() -> None:
+    """Prints what the options ask for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="configs/final.py", help="config file whose budgets are counted")
+    parser.add_argument("--bytes_tokens", type=int, default=512, help="condition tokens of the compiled blocks")
+    parser.add_argument("--run", action="store_true", help="time the attention both ways")
+    parser.add_argument("--tokens", type=int, default=512, help="tokens of --run (default 512)")
+    parser.add_argument("--layers", type=int, default=10, help="layers of --run (default 10)")
+    parser.add_argument("--heads", type=int, default=28, help="heads of --run (default 28)")
+    parser.add_argument("--head_dim", type=int, default=128, help="head dimension of --run (default 128)")
+    parser.add_argument("--repeats", type=int, default=10, help="runs of which the best counts (default 10)")
+    options = parser.parse_args()
+    config = from_mapping(TrainConfig, runpy.run_path(options.config)["get_config"]())
+    model, device = ModelConfig.final_8b(), str(jax.devices()[0])
+    latent_tokens = (config.data.size_px // 16) ** 2  # 16x compression, patches of one cell
+    for line in flop_shares(config, model, latent_tokens):
+        print(json.dumps(line))
+    moved = byte_shares(model, options.bytes_tokens, latent_tokens)
+    print(json.dumps({"condition_tokens": options.bytes_tokens, **moved, "device": device}))
+    if options.run:
+        sizes = (options.tokens, options.layers, options.heads, options.head_dim)
+        print(json.dumps({"attention": times(*sizes, options.repeats), "sizes": sizes, "device": device}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,244 @@
+"""The web page: one request at a time goes through the model, in chunks of steps between which it can be cancelled.
+
+Needs Gradio: pip install 'unifusion_jax[app]'.
+"""
+
+import dataclasses
+import html
+import math
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr  # pyright: ignore[reportMissingImports]
+import PIL.Image
+
+from unifusion_jax import images, modes
+from unifusion_jax.pipeline import UniFusion
+from unifusion_jax.request import Request, parse_size
+
+# Finished pictures are kept this long for the page to show; Gradio keeps copies of its own as long.
+_KEEP_S = 6 * 3600
+_CHUNKS = 20  # into which the steps are cut: how fine the progress is, and how soon a request ends when it is cancelled
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What one request may ask for.
+
+    Attributes:
+      pictures: reference pictures.
+      picture_pixels: pixels of each of them.
+      picture_mb: size of each file.
+      side_px: longest side of what is drawn.
+      count: pictures drawn.
+      steps: solver steps.
+      prompt_characters: length of each text.
+      waiting: requests in the queue, over which new ones are turned away.
+    """
+
+    pictures: int = 8
+    picture_pixels: int = 1 << 25
+    picture_mb: int = 20
+    side_px: int = 2048
+    count: int = 8
+    steps: int = 200
+    prompt_characters: int = 8000
+    waiting: int = 32
+
+
+@dataclasses.dataclass
+class Page:
+    """What the page does, apart from how it looks.
+
+    Attributes:
+      model: what draws.
+      limits: of each request.
+      folder: where pictures are written.
+    """
+
+    model: UniFusion
+    limits: Limits
+    folder: Path
+
+    def look_at(self, files: Sequence[str] | None) -> list[PIL.Image.Image]:
+        """Reads uploaded files. Raises `gr.Error` for what is no picture, too large, or too many."""
+        files = list(files or [])
+        if len(files) > self.limits.pictures:
+            raise gr.Error(f"At most {self.limits.pictures} reference pictures, got {len(files)}.")
+        try:
+            return [images.load(file, max_pixels=self.limits.picture_pixels) for file in files]
+        except (ValueError, OSError) as error:
+            raise gr.Error(_without_folders(str(error), files)) from error
+
+    def request_of(self, prompt: str, files: Sequence[str] | None, *fields: Any) -> Request:
+        """Makes a request of what the page's fields hold; `fields` are in the order of `FIELDS`."""
+        values = dict(zip(FIELDS, fields, strict=True))
+        keep, description = values.pop("keep"), values.pop("description")
+        limits = self.limits
+        for text in (prompt, description, values["system_prompt"]):
+            if len(text or "") > limits.prompt_characters:
+                raise gr.Error(f"At most {limits.prompt_characters} characters, got {len(text)}.")
+        values |= {name: int(values[name]) for name in ("seed", "steps", "count")}
+        if values["steps"] > limits.steps or values["count"] > limits.count:
+            raise gr.Error(f"At most {limits.steps} steps and {limits.count} pictures at once.")
+        tiles = int(values.pop("tiles") or 0)
+        try:
+            size = self.model.check_size(parse_size(values.pop("size")))
+            if max(size) > limits.side_px:
+                raise gr.Error(f"Sides of at most {limits.side_px} px, got {size[0]}x{size[1]}.")
+            return Request(
+                prompt or "",
+                self.look_at(files),
+                target=description.strip() or None if keep else None,
+                system_prompt=values.pop("system_prompt") or None,
+                tiles=tiles or None,
+                size=size,
+                **values,
+            )
+        except (ValueError, TypeError) as error:
+            raise gr.Error(str(error)) from error
+
+    def draw(self, *fields: Any) -> Iterator[tuple[Any, Any, str]]:
+        """Draws; yields (description, files, progress as HTML) while it goes on. Closing it stops the sampling."""
+        request = self.request_of(*fields)
+        yield gr.skip(), [], _bar(0, request.steps, "reading the prompt")
+        try:
+            condition = request.condition(self.model)
+            description = condition.prompts[0].target or ""
+            yield description, gr.skip(), _bar(0, request.steps, "drawing")
+            made: list[PIL.Image.Image] = []
+            for progress in request.sample_in_chunks(self.model, condition, math.ceil(request.steps / _CHUNKS)):
+                made = progress.images or []
+                yield gr.skip(), gr.skip(), _bar(progress.steps, progress.total_steps, "drawing")
+        except ValueError as error:
+            raise gr.Error(str(error)) from error
+        self._forget_old()
+        files = []
+        for number, image in enumerate(made):
+            handle, name = tempfile.mkstemp(
+                prefix=f"unifusion-{request.seed + number}-", suffix=".png", dir=self.folder
+            )
+            os.close(handle)
+            images.save(image, name, settings=request.settings(condition, number))
+            files.append(name)
+        yield description, files, _bar(request.steps, request.steps, "done")
+
+    def _forget_old(self) -> None:
+        for file in self.folder.glob("unifusion-*.png"):
+            if file.stat().st_mtime < time.time() - _KEEP_S:
+                file.unlink(missing_ok=True)
+
+
+# Inputs of `Page.draw` behind prompt and pictures, in order.
+FIELDS = (
+    *("mode", "rewrite", "keep", "description", "system_prompt", "seed", "count", "steps", "guidance", "size", "tiles"),
+    *("switch", "solver", "temperature", "top_p"),
+)
+
+
+def _bar(steps: int, total: int, what: str) -> str:
+    return (
+        f'<progress value="{steps}" max="{total}" style="width: 100%"></progress>'
+        f"<div>{html.escape(what)}: step {steps} of {total}</div>"
+    )
+
+
+def _without_folders(message: str, files: Sequence[str]) -> str:
+    """Names files as the user does: where the server keeps uploads is nobody's business."""
+    for file in files:
+        message = message.replace(str(file), Path(file).name)
+    return message
+
+
+def build(model: UniFusion, folder: Path, limits: Limits | None = None) -> gr.Blocks:
+    """Returns the page; `launch` it, or mount it in another application.
+
+    Args:
+      model: what draws.
+      folder: where pictures are written; Gradio must be allowed to read it (`allowed_paths`).
+      limits: of each request.
+    """
+    limits = limits or Limits()
+    page = Page(model, limits, folder)
+    with gr.Blocks(title="UniFusion", analytics_enabled=False, delete_cache=(3600, _KEEP_S)) as blocks:
+        gr.Markdown("# UniFusion\nOne vision-language model reads your words and pictures; what it describes is drawn.")
+        with gr.Row():
+            with gr.Column():
+                prompt = gr.Textbox(label="Prompt", lines=3, elem_id="prompt", max_length=limits.prompt_characters)
+                files = gr.File(
+                    label="Reference pictures", file_count="multiple", file_types=["image"], elem_id="pictures"
+                )
+                seen = gr.Gallery(label="As they are read", interactive=False, columns=4, height=160, visible=False)
+                settings = _settings(model, limits)
+                with gr.Row():
+                    run = gr.Button("Draw", variant="primary", elem_id="draw")
+                    cancel = gr.Button("Cancel", variant="stop", elem_id="cancel")
+            with gr.Column():
+                progress = gr.HTML(elem_id="progress")
+                gallery = gr.Gallery(label="Pictures", columns=2, format="png", interactive=False, elem_id="gallery")
+        description = settings["description"]
+        inputs = [prompt, files, *(settings[name] for name in FIELDS)]
+        started = gr.on(
+            [run.click, prompt.submit],
+            lambda *fields: (yield from page.draw(*fields)),  # Gradio asks whether it is a generator function itself
+            inputs,
+            [description, gallery, progress],
+            api_name="draw",
+            concurrency_limit=1,
+            concurrency_id="model",
+        )
+        cancel.click(lambda: "cancelled", outputs=progress, cancels=[started], queue=False, api_name="cancelled")
+        files.change(lambda chosen: _shown(page, chosen), files, seen, api_name="look", queue=False)
+    return blocks.queue(max_size=limits.waiting, api_open=False)
+
+
+def _shown(page: Page, files: Sequence[str] | None) -> Any:
+    """Shows references as they are read, so that a bad file is told when it is dropped, not when all is filled in."""
+    read = page.look_at(files)
+    for image in read:
+        image.thumbnail((320, 320))
+    return gr.Gallery(value=read, visible=bool(read))
+
+
+def _settings(model: UniFusion, limits: Limits) -> dict[str, Any]:
+    """Lays out the fields of `FIELDS`."""
+    made: dict[str, Any] = {}
+    choices = [
+        ("by the pictures", modes.AUTO),
+        *((f"{name}: {mode.about}", name) for name, mode in modes.MODES.items()),
+    ]
+    made["mode"] = gr.Dropdown(choices, value=modes.AUTO, label="Mode", elem_id="mode")
+    made["description"] = gr.Textbox(
+        label="Description that is drawn (VERIFI)", lines=4, elem_id="description", max_length=limits.prompt_characters
+    )
+    made["keep"] = gr.Checkbox(False, label="Draw this description as it stands, do not write another", elem_id="keep")
+    with gr.Row():
+        made["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1, elem_id="seed")
+        made["count"] = gr.Slider(1, limits.count, 1, step=1, label="Pictures", elem_id="count")
+        made["steps"] = gr.Slider(1, limits.steps, 30, step=1, label="Steps", elem_id="steps")
+        made["guidance"] = gr.Slider(1.0, 15.0, 3.0, step=0.1, label="Guidance", elem_id="guidance")
+    side = model.config.data.size_px
+    with gr.Accordion("More", open=False):
+        made["size"] = gr.Textbox(
+            f"{side}x{side}",
+            label=f"Size, width x height in px (multiples of {model.multiple_of_px})",
+            elem_id="size",
+        )
+        made["rewrite"] = gr.Checkbox(
+            model.config.encoder.verifi, label="Let the encoder describe the picture first (VERIFI)"
+        )
+        made["system_prompt"] = gr.Textbox(
+            label="System prompt", placeholder="the task's own", max_length=limits.prompt_characters
+        )
+        made["temperature"] = gr.Slider(0.0, 2.0, 0.0, step=0.05, label="Temperature of the description")
+        made["top_p"] = gr.Slider(0.05, 1.0, 1.0, step=0.05, label="Top-p of the description")
+        made["tiles"] = gr.Dropdown(
+            [("the model's own", 0), ("1", 1), ("5", 5), ("10", 10)], value=0, label="Tiles of a reference picture"
+        )
+        made["switch"] = gr.Slider(0.0, 1.0, 0.15, step=0.01, label="Share of steps under the picture (zero_shot_edit)")
+        made["solver"] = gr.Radio(["euler", "heun"], value="euler", label="Solver")
+    return made
