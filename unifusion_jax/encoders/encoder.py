@@ -23,6 +23,7 @@ from unifusion_jax.encoders.lm_loss import next_token_loss
 from unifusion_jax.encoders.processor import Processor
 from unifusion_jax.encoders.quantization import quantizer
 from unifusion_jax.encoders.tiling import TilingConfig
+from unifusion_jax.layers import ShapesOnly
 from unifusion_jax.parallel.sharding import batch_sharding, param_shardings
 from unifusion_jax.prompt import Prompt
 
@@ -314,7 +315,7 @@ def _decode(params: weights.Params, *arguments: Any, config: Any, **options: Any
 
 def abstract_model(config: Any, dtype: str) -> Any:
     """Returns the network with shapes in the place of parameters; costs no memory at any size."""
-    return nnx.eval_shape(lambda: config.build(param_dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: config.build(param_dtype=jnp.dtype(dtype), rngs=ShapesOnly()))
 
 
 def load(
