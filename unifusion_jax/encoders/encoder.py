@@ -213,11 +213,7 @@ class Encoder:
                 "This encoder has no decoder (T5 only reads), so it cannot rewrite. Export its states instead."
             )
         processor = self.processor
-        rows = []
-        for prompt in prompts:
-            system = system_prompt if prompt.system is None else prompt.system
-            asked = dataclasses.replace(prompt, target="", system=system)
-            rows.append(processor.prepare_row(asked, max_tiles=max_tiles))
+        rows = [processor.prepare_row(_question(prompt, system_prompt), max_tiles=max_tiles) for prompt in prompts]
         batch = processor.collate(rows, max_tokens=self._prompt_tokens(rows, max_new_tokens))
         seeds = [seed] * len(rows) if isinstance(seed, int) else list(seed)
         if len(seeds) != len(rows):
@@ -273,6 +269,12 @@ class Encoder:
         sharding = batch_sharding(self._mesh)
         ways = int(np.prod([self._mesh.shape[axis] for axis in sharding.spec[0]]))
         return jax.device_put(batch, sharding) if batch.token_ids.shape[0] % ways == 0 else batch
+
+
+def _question(prompt: Prompt, system_prompt: str | None) -> Prompt:
+    """Returns the prompt without its target, with `system_prompt` where it has no system message of its own."""
+    system = system_prompt if prompt.system is None else prompt.system
+    return dataclasses.replace(prompt, target="", system=system)
 
 
 # The jitted functions stand outside the class and take the configuration as a static argument, so that encoders of one
