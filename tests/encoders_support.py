@@ -72,7 +72,7 @@ OTHER_LANGUAGE_MODELS = {
 
 @functools.cache
 def reference(variant: str) -> transformers.InternVLForConditionalGeneration:
-    """A float32 model, every parameter random, biases and norms too."""
+    """A float32 model, every parameter random, biases and norms too; each a bfloat16 number, as in published files."""
     vision, text, tied = (VARIANTS | OTHER_LANGUAGE_MODELS)[variant]
     ids = tokenizer().get_vocab()
     config = transformers.InternVLConfig(
@@ -93,7 +93,8 @@ def reference(variant: str) -> transformers.InternVLForConditionalGeneration:
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             is_gain = ("norm" in name and name.endswith("weight")) or "lambda" in name
-            parameter.copy_(1 + 0.2 * noise if is_gain else noise / max(parameter.shape[-1], 9) ** 0.5)
+            value = 1 + 0.2 * noise if is_gain else noise / max(parameter.shape[-1], 9) ** 0.5
+            parameter.copy_(value.bfloat16())
     return model
 
 

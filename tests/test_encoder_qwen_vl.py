@@ -113,10 +113,11 @@ def test_all_layouts_load_bit_equal(loaded, tmp_path, variant, layout):
     jax.tree.map(np.testing.assert_array_equal, encoder.params, loaded[variant].params)
 
 
-def test_bfloat16_states_follow_float32(folders, runs):
-    batch, exact = runs["wide"]
-    cosine = least_cosine(states_of(encoders.load(folders["wide"]), batch), exact, batch.mask)
-    print(f"least bfloat16 cosine of any token and layer {cosine:.5f}")
+@pytest.mark.parametrize("variant", QWEN_VARIANTS)
+def test_bfloat16_states_follow_float32(folders, runs, variant):
+    batch, exact = runs[variant]
+    cosine = least_cosine(states_of(encoders.load(folders[variant]), batch), exact, batch.mask)
+    print(f"{variant}: least bfloat16 cosine of any token and layer {cosine:.5f}")
     assert cosine > 0.999
 
 

@@ -1,10 +1,17 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from unifusion_jax.layers import RMSNorm, Stack, SwiGLU, linear
+from unifusion_jax.autoencoders import AutoencoderKL, AutoencoderKLConfig
+from unifusion_jax.encoders import InternVLConfig
+from unifusion_jax.encoders.decoder import DecoderConfig
+from unifusion_jax.encoders.qwen_vl import QwenVisionConfig, QwenVLConfig
+from unifusion_jax.encoders.t5 import T5Config
+from unifusion_jax.layers import RMSNorm, ShapesOnly, Stack, SwiGLU, linear
 from unifusion_jax.parallel.attention import attention
 from unifusion_jax.parallel.mesh import MeshConfig, make_mesh
 from unifusion_jax.parallel.sharding import global_batch, param_axes, param_shardings, spec_of
@@ -100,6 +107,23 @@ def test_every_axis_name_has_the_rank_of_its_parameter_and_shards_on_8_devices()
     shardings = param_shardings(nnx.eval_shape(lambda: Tower(3, nnx.Rngs(0))), mesh)
     kernel = jax.device_put(jnp.zeros((3, 16, 32)), shardings["stack"]["blocks"]["gate"]["kernel"])
     assert kernel.sharding.shard_shape(kernel.shape) == (3, 8, 16)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        InternVLConfig.demo(400).build,
+        QwenVLConfig(QwenVisionConfig(num_layers=2, full_layers=(1,)), DecoderConfig(50, 16, 3, 2, 1, 8, 24)).build,
+        T5Config(50, 16, 2, 2, 8, 24).build,
+        functools.partial(AutoencoderKL, AutoencoderKLConfig.demo()),
+    ],
+    ids=["internvl", "qwen_vl", "t5", "autoencoder_kl"],
+)
+def test_a_network_traced_for_its_shapes_alone_is_the_random_one_without_values(build):
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0))))
+    other, shapes = nnx.split(nnx.eval_shape(lambda: build(rngs=ShapesOnly())))
+    assert graphdef == other  # metadata such as the names of axes included
+    assert jax.tree.leaves(params) == jax.tree.leaves(shapes) != []
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from training_support import tiny_config
 
 from unifusion_jax import autoencoders, encoders
 from unifusion_jax.config import from_mapping
+from unifusion_jax.layers import Int8
 from unifusion_jax.parallel.mesh import make_mesh
 from unifusion_jax.pipeline import UniFusion
 from unifusion_jax.train import run
@@ -143,6 +144,14 @@ def test_the_frozen_networks_can_be_trained_further(frozen, name):
     load = {"encoder": encoders.load, "autoencoder": autoencoders.load}[name]
     assert_same(task.init(jax.random.key(9)), load(frozen / name, dtype="float32").params)
     assert task.model_config == load(frozen / name, dtype="float32").config
+
+
+def test_the_frozen_encoder_can_be_held_in_8_bits(frozen, tmp_path):
+    config = parsed(frozen, total_steps=1, log_every_steps=1, encoder__quantize="int8")
+    encoder = make_task(config, make_mesh(config.mesh)).encoder
+    assert isinstance(encoder.params["decoder"]["layers"]["blocks"]["ffn"]["up"]["kernel"], Int8)
+    train(config, tmp_path)
+    assert np.isfinite(logged(tmp_path)[0]["loss"])
 
 
 def test_a_workdir_of_another_config_is_refused_and_kept(frozen, tmp_path):

@@ -36,15 +36,20 @@ PROMPTS = [
 ]
 
 
-def randomise(model: torch.nn.Module, *, unit_gains: bool = True) -> Any:
-    """Makes every parameter random, biases and norms too; norms multiply by 1 + weight where `unit_gains` is False."""
+def randomise(model: torch.nn.Module, *, unit_gains: bool = True, large_embeddings: bool = False) -> Any:
+    """Makes every parameter random, biases and norms too; each a bfloat16 number, as in published files.
+
+    Norms multiply by 1 + weight where `unit_gains` is False. With small embeddings rounding is amplified as in no trained
+    model; with large ones a model with tied embeddings repeats itself.
+    """
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             is_gain = any(part in name for part in ("norm", "ln_q")) and name.endswith("weight")
             offset = 1.0 if unit_gains or "vision_tower" in name else 0.0
-            parameter.copy_(offset + 0.2 * noise if is_gain else noise / max(parameter.shape[-1], 9) ** 0.5)
+            width = 1 if large_embeddings and "embed_tokens" in name else max(parameter.shape[-1], 9)
+            parameter.copy_((offset + 0.2 * noise if is_gain else noise / width**0.5).bfloat16())
     for part in model.modules():
         if hasattr(part, "config"):
             part.config.tie_last_hidden_states = False  # the last state is compared before its norm
@@ -179,7 +184,7 @@ GEMMA_VARIANTS = {
 
 
 @functools.cache
-def gemma_reference(variant: str) -> transformers.Gemma3ForConditionalGeneration:
+def gemma_reference(variant: str, large_embeddings: bool = False) -> transformers.Gemma3ForConditionalGeneration:
     vision, text, tokens = GEMMA_VARIANTS[variant]
     ids = gemma_tokenizer().get_vocab()
     config = transformers.Gemma3Config(
@@ -196,7 +201,8 @@ def gemma_reference(variant: str) -> transformers.Gemma3ForConditionalGeneration
         boi_token_index=ids["<start_of_image>"], eoi_token_index=ids["<end_of_image>"],
     )  # fmt: skip
     config._attn_implementation = "eager"
-    return randomise(transformers.Gemma3ForConditionalGeneration(config), unit_gains=False)
+    model = transformers.Gemma3ForConditionalGeneration(config)
+    return randomise(model, unit_gains=False, large_embeddings=large_embeddings)
 
 
 def gemma_settings(*, crops: bool) -> dict[str, Any]:
@@ -207,9 +213,11 @@ def gemma_settings(*, crops: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def write_gemma(folder: Path, variant: str, layout: str = "saved", *, crops: bool = False) -> Path:
+def write_gemma(
+    folder: Path, variant: str, layout: str = "saved", *, crops: bool = False, large_embeddings: bool = False
+) -> Path:
     """Writes a model as transformers saves it, under its current names, or under those of the published files."""
-    model = gemma_reference(variant)
+    model = gemma_reference(variant, large_embeddings)
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
     tensors = {name: value.clone() for name, value in model.state_dict().items() if name != "lm_head.weight"}

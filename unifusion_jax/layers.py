@@ -51,11 +51,35 @@ def pytree(cls: _Class) -> _Class:
 _LARGEST_CUT_BYTES = 4 << 30
 _ZEROS = nnx.initializers.zeros_init()
 _KERNEL_INIT = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+_SMALL = nnx.initializers.normal(0.02)
+
+
+class ShapesOnly(nnx.Rngs):
+    """In the place of `nnx.Rngs` where a network is traced for its shapes: its key is None, parameters are zeros.
+
+    Most of the time that tracing takes would go into random initialisers, whose values nobody looks at.
+    """
+
+    def params(self) -> None:
+        """Returns no key."""
+
+    def fork(self, *, split: Any = None) -> "ShapesOnly":
+        """Returns itself."""
+        return self
 
 
 def with_axes(initializer: Callable[..., Any], axes: Axes) -> Callable[..., Any]:
-    """Returns `initializer`, tagging the parameter it makes with logical axis names."""
-    return nnx.with_metadata(initializer, axes=axes)
+    """Returns `initializer`, tagging the parameter it makes with logical axis names; zeros where the key is None."""
+
+    def make(key: Any, shape: Any, dtype: Any, **options: Any) -> jax.Array:
+        return jnp.zeros(shape, dtype) if key is None else initializer(key, shape, dtype, **options)
+
+    return nnx.with_metadata(make, axes=axes)
+
+
+def normal(shape: tuple[int, ...], axes: Axes, *, param_dtype: Any = jnp.float32, rngs: nnx.Rngs) -> nnx.Param:
+    """Makes a parameter of small normal numbers (standard deviation 0.02): tables, positions and the like."""
+    return nnx.Param(with_axes(_SMALL, axes)(rngs.params(), shape, param_dtype))
 
 
 @jax.tree_util.register_dataclass
@@ -263,7 +287,7 @@ class Stack(nnx.Module):
         if depth < 1:
             raise ValueError(f"A stack needs at least one block, got depth={depth}.")
         self.depth = depth
-        self.blocks = nnx.vmap(make_block, in_axes=0, out_axes=0)(rngs.fork(split=depth))
+        self.blocks = nnx.vmap(make_block, in_axes=0, out_axes=0, axis_size=depth)(rngs.fork(split=depth))
         for _, variable in nnx.iter_graph(self.blocks):
             if isinstance(variable, nnx.Param):
                 names = variable.get_metadata().get("axes", (None,) * (len(variable.shape) - 1))

@@ -21,6 +21,7 @@ from unifusion_jax.autoencoders.families import config_of, family_of
 from unifusion_jax.autoencoders.latents import LatentConfig, LatentModule
 from unifusion_jax.autoencoders.tiling import decode_within
 from unifusion_jax.autoencoders.wan_config import AutoencoderKLWanConfig
+from unifusion_jax.layers import ShapesOnly
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
@@ -237,7 +238,7 @@ def _decode(
 def _abstract_module(config: LatentConfig, dtype: Any) -> LatentModule:
     # Latent statistics stay float32: they are 128 numbers, and bfloat16 would shift every latent.
     module = family_of(config).module
-    return nnx.eval_shape(lambda: module(config, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: module(config, dtype=dtype, param_dtype=dtype, rngs=ShapesOnly()))
 
 
 def _check_array(name: str, value: Any, channels: int) -> None:

@@ -94,9 +94,8 @@ class Embedding(nnx.Module):
 
     def __init__(self, rows: int, width: int, *, scale: float, param_dtype: Any, rngs: nnx.Rngs):
         # The row count of published tables (151,674) is not divisible by usual mesh sizes: the width is sharded.
-        init = nnx.initializers.normal(0.02)
         self.scale = scale
-        self.embedding = nnx.Param(init(rngs.params(), (rows, width), param_dtype), axes=(None, "embed"))
+        self.embedding = nn.normal((rows, width), (None, "embed"), param_dtype=param_dtype, rngs=rngs)
 
     def __call__(self, token_ids: Int[Array, "*batch"]) -> Float[Array, "*batch H"]:
         """Looks tokens up; the scale is rounded to the table's type first, as Gemma's is."""

@@ -151,15 +151,10 @@ def decode(
             cache=cache,
         )
 
-    token, done = draw(logits, jnp.zeros((), jnp.int32))
-    first = _Loop(
-        step=jnp.zeros((), jnp.int32),
-        token=token,
-        done=done,
-        token_ids=jnp.full((mask.shape[0], max_new_tokens), stop_ids[0]),
-        states=jnp.zeros((mask.shape[0], max_new_tokens, *image_states.shape[2:]), image_states.dtype),
-        cache=cache,
-    )
+    step = jnp.zeros((), jnp.int32)
+    rows = (mask.shape[0], max_new_tokens)
+    states = jnp.zeros((*rows, *image_states.shape[2:]), image_states.dtype)
+    first = _Loop(step, *draw(logits, step), jnp.full(rows, stop_ids[0]), states, cache)
     loop = jax.lax.while_loop(lambda loop: (loop.step < max_new_tokens) & ~jnp.all(loop.done), body, first)
     is_word = ~jnp.any(loop.token_ids[:, :, None] == stop_ids, axis=-1)
     states = _join(image_states, image_mask, loop.states, is_word)

@@ -24,6 +24,7 @@ from unifusion_jax.encoders.lm_loss import next_token_loss
 from unifusion_jax.encoders.processor import Processor
 from unifusion_jax.encoders.quantization import quantizer
 from unifusion_jax.encoders.tiling import TilingConfig
+from unifusion_jax.layers import ShapesOnly
 from unifusion_jax.parallel.sharding import batch_sharding, param_shardings
 from unifusion_jax.prompt import Prompt
 
@@ -228,11 +229,7 @@ class Encoder:
                 "This encoder has no decoder (T5 only reads), so it cannot rewrite. Export its states instead."
             )
         processor = self.processor
-        rows = []
-        for prompt in prompts:
-            system = system_prompt if prompt.system is None else prompt.system
-            asked = dataclasses.replace(prompt, target="", system=system)
-            rows.append(processor.prepare_row(asked, max_tiles=max_tiles))
+        rows = [processor.prepare_row(_question(prompt, system_prompt), max_tiles=max_tiles) for prompt in prompts]
         batch = processor.collate(rows, max_tokens=self._prompt_tokens(rows, max_new_tokens))
         seeds = [seed] * len(rows) if isinstance(seed, int) else list(seed)
         if len(seeds) != len(rows):
@@ -296,6 +293,12 @@ class Encoder:
         return jax.device_put(batch, sharding) if batch.token_ids.shape[0] % ways == 0 else batch
 
 
+def _question(prompt: Prompt, system_prompt: str | None) -> Prompt:
+    """Returns the prompt without its target, with `system_prompt` where it has no system message of its own."""
+    system = system_prompt if prompt.system is None else prompt.system
+    return dataclasses.replace(prompt, target="", system=system)
+
+
 # The jitted functions stand outside the class and take the configuration as a static argument, so that encoders of one
 # configuration (loaded twice, or with other parameters) share what is compiled.
 
@@ -341,7 +344,7 @@ def _decode(
 
 def abstract_model(config: Any, dtype: str) -> Any:
     """Returns the network with shapes in the place of parameters; costs no memory at any size."""
-    return nnx.eval_shape(lambda: config.build(param_dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: config.build(param_dtype=jnp.dtype(dtype), rngs=ShapesOnly()))
 
 
 def read_config(path: str | os.PathLike[str]) -> Any:

@@ -172,8 +172,7 @@ class QwenVisionTower(nnx.Module):
         self.config = config
         width, merged = config.hidden_size, config.hidden_size * config.merge_patches**2
         shape = (config.frames, config.patch_px, config.patch_px, 3, width)
-        init = nnx.initializers.normal(0.02)
-        self.patch = nnx.Param(init(rngs.params(), shape, param_dtype), axes=(None, None, None, "conv_in", "conv_out"))
+        self.patch = nn.normal(shape, (None, None, None, "conv_in", "conv_out"), param_dtype=param_dtype, rngs=rngs)
         self.layers = nn.Stack(
             lambda rngs: Block(config.block, param_dtype=param_dtype, rngs=rngs), config.num_layers, rngs=rngs
         )

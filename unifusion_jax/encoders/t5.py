@@ -170,8 +170,9 @@ class T5(nnx.Module):
         self.embed_tokens = Embedding(
             config.vocab_size, config.hidden_size, scale=1.0, param_dtype=param_dtype, rngs=rngs
         )
-        table = nnx.initializers.normal(0.02)(rngs.params(), (config.buckets, config.num_heads), param_dtype)
-        self.position_bias = nnx.Param(table, axes=(None, None))
+        self.position_bias = nn.normal(
+            (config.buckets, config.num_heads), (None, None), param_dtype=param_dtype, rngs=rngs
+        )
         self.layers = nn.Stack(
             lambda rngs: Block(config, param_dtype=param_dtype, rngs=rngs), config.num_layers, rngs=rngs
         )

@@ -182,10 +182,10 @@ class VisionTower(nnx.Module):
         positions = config.side_patches**2 + config.cls
         size = {"stride_px": config.patch_px, "padding": "VALID"}
         self.patch = nn.conv(3, width, config.patch_px, **size, dtype=None, param_dtype=param_dtype, rngs=rngs)
-        normal = nnx.initializers.normal(0.02)
+        table: dict[str, Any] = {"axes": (None, None, "norm"), "param_dtype": param_dtype, "rngs": rngs}
         if config.cls:
-            self.cls = nnx.Param(normal(rngs.params(), (1, 1, width), param_dtype), axes=(None, None, "norm"))
-        self.positions = nnx.Param(normal(rngs.params(), (1, positions, width), param_dtype), axes=(None, None, "norm"))
+            self.cls = nn.normal((1, 1, width), **table)
+        self.positions = nn.normal((1, positions, width), **table)
         self.layers = nn.Stack(
             lambda rngs: Block(config.block, param_dtype=param_dtype, rngs=rngs), config.num_layers, rngs=rngs
         )
