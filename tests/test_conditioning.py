@@ -1,6 +1,7 @@
 """Every conditioning strategy: what it computes, what it refuses, and that it trains, resumes, shards and samples."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -61,27 +62,39 @@ def config_of(name, frozen, t5, **changes):
     return parsed(frozen, **(ONE_TASK | encoder | CASES[name] | {"checkpoint__every_steps": 100} | changes))
 
 
+@pytest.fixture(scope="module")
+def straight(frozen, t5, tmp_path_factory):
+    """Four steps of a case in one go: returns the state and the workdir."""
+
+    @functools.cache
+    def run(name):
+        workdir = tmp_path_factory.mktemp("straight")
+        return train(config_of(name, frozen, t5, total_steps=4), workdir), workdir
+
+    return run
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_trains_and_resumes_bit_for_bit(name, frozen, t5, tmp_path):
-    straight = train(config_of(name, frozen, t5, total_steps=4), tmp_path / "a")
-    train(config_of(name, frozen, t5, total_steps=2), tmp_path / "b")
-    resumed = train(config_of(name, frozen, t5, total_steps=4), tmp_path / "b")
-    assert_same(resumed, straight)
-    assert logged(tmp_path / "b")[-1] == logged(tmp_path / "a")[-1]
-    moments = jax.tree_util.tree_leaves_with_path(straight.opt_state)
+def test_trains_and_resumes_bit_for_bit(name, straight, frozen, t5, tmp_path):
+    state, workdir = straight(name)
+    train(config_of(name, frozen, t5, total_steps=2), tmp_path)
+    resumed = train(config_of(name, frozen, t5, total_steps=4), tmp_path)
+    assert_same(resumed, state)
+    assert logged(tmp_path)[-1] == logged(workdir)[-1]
+    moments = jax.tree_util.tree_leaves_with_path(state.opt_state)
     # Every part learns: no parameter of the conditioner is left out of the gradient, the null token and maps included.
     still = [jax.tree_util.keystr(path) for path, leaf in moments if leaf.ndim and not np.any(np.asarray(leaf))]
     assert not still
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_eight_devices_compute_what_one_does(name, frozen, t5, tmp_path):
+def test_eight_devices_compute_the_same_however_they_share_the_model(name, straight, frozen, t5, tmp_path):
     mesh = {"data": 2, "fsdp": 2, "sequence": 1, "tensor": 2}
-    train(config_of(name, frozen, t5, total_steps=2), tmp_path / "one")
-    train(config_of(name, frozen, t5, total_steps=2, mesh=mesh), tmp_path / "eight")
-    one, eight = logged(tmp_path / "one")[-1], logged(tmp_path / "eight")[-1]
-    assert eight["loss"] == pytest.approx(one["loss"], rel=1e-4)
-    assert eight["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+    train(config_of(name, frozen, t5, total_steps=2, mesh=mesh), tmp_path)
+    plain, sharded = logged(straight(name)[1])[0], logged(tmp_path)[0]
+    assert (plain["step"], sharded["step"]) == (2, 2)
+    assert sharded["loss"] == pytest.approx(plain["loss"], rel=1e-4)
+    assert sharded["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-3)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -1,5 +1,7 @@
 """From the encoder's layer states to what the DiT is told, by one of several strategies."""
 
+from collections.abc import Callable
+
 from unifusion_jax.conditioning.conditioner import Conditioner as Conditioner
 from unifusion_jax.conditioning.conditioner import LAPConditioner as LAPConditioner
 from unifusion_jax.conditioning.conditioner import LayerConditioner as LayerConditioner
@@ -14,7 +16,8 @@ from unifusion_jax.conditioning.lap import LAPConfig as LAPConfig
 from unifusion_jax.conditioning.refiner import Refiner as Refiner
 from unifusion_jax.conditioning.refiner import RefinerConfig as RefinerConfig
 
-CONDITIONERS: dict[str, type[Conditioner]] = {
+# Constructors by strategy, all with the same arguments.
+CONDITIONERS: dict[str, Callable[..., Conditioner]] = {
     "lap": LAPConditioner,
     "last_layer": LayerConditioner,
     "kv_fusion": KVFusion,
