@@ -13,6 +13,7 @@ import logging
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags
 
@@ -71,11 +72,12 @@ def run() -> None:
     compile_cache.enable(_COMPILE_CACHE.value)
     low, high = (float(bound) for bound in _GUIDANCE_INTERVAL.value)
     images.check_output(_OUTPUT.value)
+    fields: dict[str, Any] = {flag.name: flag.value for flag in _FIELDS}
     request = Request(
         images=[images.load(file) for file in _IMAGE.value],
         size=parse_size(_SIZE.value),
         guidance_interval=(low, high),
-        **{flag.name: flag.value for flag in _FIELDS},
+        **fields,
     )
     model = UniFusion.load(_CHECKPOINT.value)
     condition = request.condition(model)

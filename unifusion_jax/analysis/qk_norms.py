@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +86,7 @@ def qk_norms(model: UniFusion, options: Options) -> Figure:
     words = options.chosen_prompts()
     prompts = [Prompt(text, target=text if asked.verifi else None, system=system) for text in words]
     batch = encoder.prepare(prompts)
-    norms = token_norms(model.module().conditioner.lap, jnp.asarray(encoder.export(batch).states))
+    norms = token_norms(cast(Any, model.module().conditioner).lap, jnp.asarray(encoder.export(batch).states))
     rows, layers = [], encoder.layers
     for number, (ids, keep) in enumerate(zip(batch.token_ids, batch.keep & batch.mask, strict=True)):
         pieces = pieces_of(encoder.processor, ids[keep].tolist())

@@ -28,7 +28,7 @@ def ssim(a: UInt8[np.ndarray, "h w 3"], b: UInt8[np.ndarray, "h w 3"]) -> float:
         from skimage.metrics import structural_similarity
     except ImportError as error:
         raise ImportError("SSIM is scikit-image's: pip install 'unifusion_jax[analysis]'.") from error
-    return float(structural_similarity(a, b, channel_axis=2, data_range=255))
+    return float(structural_similarity(a, b, channel_axis=2, data_range=255))  # pyright: ignore[reportArgumentType]
 
 
 def tile_scaling(model: UniFusion, options: Options) -> Figure:

@@ -166,7 +166,8 @@ class ModulatedBlock(nnx.Module):
         """Applies the block with its modulation, `shared` plus its own table, and its part of the condition."""
         if condition.added is not None:
             x = x.at[:, : condition.added.shape[1]].add(condition.added.astype(x.dtype))
-        fused = None if condition.key is None else (condition.key, condition.value)
+        key, value = condition.key, condition.value
+        fused = None if key is None or value is None else (key, value)
         modulation = shared + self.table[...].astype(shared.dtype)
         return self.block(x, mask=mask, rope=rope, modulation=modulation, fused=fused)
 

@@ -53,11 +53,11 @@ def few_token_attention(
     lie; the backward pass makes the scores again rather than keep them. What is written besides the result are scores of
     N * N * A numbers a row, N / E of a query's size each.
     """
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
 
     def mix(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         wide = [part.astype(jnp.float32) for part in (query, key, value)]
-        scores = jnp.sum(wide[0][:, :, None] * wide[1][:, None], axis=-1) * scale
+        scores = jnp.sum(wide[0][:, :, None] * wide[1][:, None], axis=-1) * factor
         weights = jax.nn.softmax(scores, axis=2)
         return jnp.sum(weights[..., None] * wide[2][:, None], axis=2).astype(query.dtype)
 

@@ -41,12 +41,13 @@ class AutoencoderTask:
         self.config = config
         self._start = autoencoders.load(config.init_from) if config.init_from else None
         named = getattr(AutoencoderKLConfig, config.model or "demo")
-        self.model_config: AutoencoderKLConfig = named() if self._start is None else self._start.config
-        if not isinstance(self.model_config, AutoencoderKLConfig):
+        model_config = named() if self._start is None else self._start.config
+        if not isinstance(model_config, AutoencoderKLConfig):
             raise ValueError(
                 f"init_from={config.init_from!r} is no AutoencoderKL, the only kind that is trained here; its configuration is "
-                f"{type(self.model_config).__name__}. Other autoencoders are used frozen, as autoencoder.path."
+                f"{type(model_config).__name__}. Other autoencoders are used frozen, as autoencoder.path."
             )
+        self.model_config = model_config
         self.metric_names = list(_NAMES)
         self.frozen = {}
         self.flops_per_sample: float | None = None
