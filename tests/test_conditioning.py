@@ -17,7 +17,10 @@ from vision_support import write_t5
 from unifusion_jax import Prompt, UniFusion, encoders
 from unifusion_jax.conditioning import ConditioningConfig
 from unifusion_jax.dit import Condition, DiT, DiTConfig
+from unifusion_jax.dit.blocks import SelfAttention
+from unifusion_jax.dit.condition import BlockCondition
 from unifusion_jax.dit.rope import rope_table, sequence_positions
+from unifusion_jax.dit.transformer import time_embedding
 from unifusion_jax.encoders.decoder import rotate, token_positions
 from unifusion_jax.frozen import load_frozen
 from unifusion_jax.model import ModelConfig, UniFusionModel
@@ -182,47 +185,63 @@ def inputs():
     return latents, jnp.array([0.3, 0.8]), tokens, jnp.array([[True] * 3, [True, True, False]])
 
 
+def velocity_of(dit):
+    """The DiT compiled: one operation at a time takes minutes."""
+    graphdef, params = nnx.split(dit, nnx.Param)
+    latents, t, _, _ = inputs()
+    run = jax.jit(lambda params, condition: nnx.merge(graphdef, params)(latents, t, condition))
+    return lambda condition: np.asarray(run(params, condition))
+
+
 def test_fused_keys_are_attended_to_like_tokens_of_the_sequence():
     dit = randomised(DiT(ONE_BLOCK, rngs=nnx.Rngs(0)))
-    latents, t, tokens, mask = inputs()
-    as_tokens = dit(latents, t, Condition(tokens, mask))
+    _, t, tokens, mask = inputs()
+    graphdef, params = nnx.split(dit, nnx.Param)
+
+    @jax.jit
+    def keys_and_values(params):
+        """What the block makes of the condition tokens, as its attention is about to use it."""
+        model, seen = nnx.merge(graphdef, params), {}
+        project = SelfAttention.project
+
+        def spy(self, x, rope):
+            seen["all"] = project(self, x, rope)
+            return seen["all"]
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(SelfAttention, "project", spy)
+            stacked, blocks = nnx.split(model.blocks.blocks)
+            block = nnx.merge(stacked, jax.tree.map(lambda leaf: leaf[0], blocks))
+            time = model.time_in(time_embedding(t, ONE_BLOCK.time_features))
+            time = jax.nn.silu(model.time_hidden(jax.nn.silu(time)))
+            shared = model.time_modulation(time).reshape(2, 6, -1)
+            rope = rope_table(sequence_positions(3), ONE_BLOCK.rope)
+            block(tokens, mask, rope, shared, BlockCondition())
+        return seen["all"][1:]
+
+    key, value = keys_and_values(params)
+    run = velocity_of(dit)
+    as_tokens, empty = run(Condition(tokens, mask)), run(Condition(tokens[:, :0], mask[:, :0]))
     # In a one-block DiT, latents see of the condition its keys and values alone.
-    seen = {}
-    graphdef, params = nnx.split(dit.blocks.blocks)
-    block = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[0], params)).block
-    project = type(block.attention).project
-
-    def spy(self, x, rope):
-        seen["all"] = project(self, x, rope)
-        return seen["all"]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(block.attention), "project", spy)
-        with jax.disable_jit():
-            dit(latents, t, Condition(tokens, mask))
-    _, key, value = (part[:, :3] for part in seen["all"])
     none = Condition(tokens[:, :0], mask[:, :0], key=key[:, None], value=value[:, None], kv_mask=mask)
-    np.testing.assert_allclose(dit(latents, t, none), as_tokens, atol=1e-5)
-    hidden = dataclasses.replace(none, kv_mask=jnp.zeros_like(mask))
-    empty = dit(latents, t, Condition(tokens[:, :0], mask[:, :0]))
-    np.testing.assert_allclose(dit(latents, t, hidden), empty, atol=1e-5)
+    np.testing.assert_allclose(run(none), as_tokens, atol=1e-5)
+    np.testing.assert_allclose(run(dataclasses.replace(none, kv_mask=jnp.zeros_like(mask))), empty, atol=1e-5)
     assert np.abs(as_tokens - empty).max() > 1e-3
 
 
 def test_additions_reach_the_block_they_are_for_and_no_masked_token():
-    config = dataclasses.replace(ONE_BLOCK, num_layers=2)
-    dit = randomised(DiT(config, rngs=nnx.Rngs(0)))
-    latents, t, tokens, mask = inputs()
+    run = velocity_of(randomised(DiT(dataclasses.replace(ONE_BLOCK, num_layers=2), rngs=nnx.Rngs(0))))
+    _, _, tokens, mask = inputs()
     extra = jax.random.normal(jax.random.key(5), tokens.shape)
     none = jnp.zeros((2, 2, 3, 32))
-    plain = dit(latents, t, Condition(tokens, mask))
-    np.testing.assert_array_equal(dit(latents, t, Condition(tokens, mask, added=none)), plain)
-    first = dit(latents, t, Condition(tokens, mask, added=none.at[:, 0].set(extra)))
-    np.testing.assert_allclose(first, dit(latents, t, Condition(tokens + extra, mask)), atol=1e-5)
-    second = dit(latents, t, Condition(tokens, mask, added=none.at[:, 1].set(extra)))
+    plain = run(Condition(tokens, mask))
+    np.testing.assert_allclose(run(Condition(tokens, mask, added=none)), plain, atol=1e-6)
+    first = run(Condition(tokens, mask, added=none.at[:, 0].set(extra)))
+    np.testing.assert_allclose(first, run(Condition(tokens + extra, mask)), atol=1e-5)
+    second = run(Condition(tokens, mask, added=none.at[:, 1].set(extra)))
     assert np.abs(second - plain).max() > 1e-3 and np.abs(second - first).max() > 1e-3
-    masked = dit(latents, t, Condition(tokens, mask, added=none.at[1, 1, 2].set(9.0)))
-    np.testing.assert_array_equal(masked, plain)
+    masked = run(Condition(tokens, mask, added=none.at[1, 1, 2].set(9.0)))
+    np.testing.assert_allclose(masked, plain, atol=1e-6)
 
 
 def model_of(strategy, num_layers, size, *, kv_heads=0, blocks=2, **conditioning):
@@ -246,11 +265,17 @@ def test_a_dropped_row_is_the_null_condition_and_the_others_are_not(config):
     model = randomised(UniFusionModel(config, rngs=nnx.Rngs(0)))
     states = jax.random.normal(jax.random.key(0), (3, 4, config.num_layers, config.encoder_size))
     mask = jnp.array([[True] * 4, [True] * 4, [False] * 4])
-    told = model.condition(states, mask, drop=jnp.array([False, True, False]))
-    other = model.condition(states + 1.0, mask, drop=jnp.array([False, True, False]))
+    graphdef, params = nnx.split(model, nnx.Param)
     latents, t = jnp.ones((3, 2, 2, 4)), jnp.full((3,), 0.5)
-    velocity, changed = model.velocity(latents, t, told), model.velocity(latents, t, other)
-    null = model.velocity(latents, t, model.null_condition(told))
+
+    @jax.jit
+    def velocities(params, states):
+        model = nnx.merge(graphdef, params)
+        told = model.condition(states, mask, drop=jnp.array([False, True, False]))
+        return model.velocity(latents, t, told), model.velocity(latents, t, model.null_condition(told))
+
+    velocity, null = (np.asarray(part) for part in velocities(params, states))
+    changed = np.asarray(velocities(params, states + 1.0)[0])
     np.testing.assert_allclose(velocity[1:], null[1:], atol=1e-5)
     np.testing.assert_array_equal(velocity[1:], changed[1:])
     assert np.abs(velocity[0] - null[0]).max() > 1e-3 and np.abs(velocity[0] - changed[0]).max() > 1e-3
@@ -258,8 +283,10 @@ def test_a_dropped_row_is_the_null_condition_and_the_others_are_not(config):
 
 def test_fused_keys_stand_where_condition_tokens_do():
     model = UniFusionModel(model_of("kv_fusion", 2, 32, kv_heads=1), rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(model, nnx.Param)
     states = jnp.broadcast_to(jax.random.normal(jax.random.key(0), (1, 1, 2, 32)), (1, 4, 2, 32))
-    key = np.asarray(model.conditioner(states, jnp.ones((1, 4), bool)).key)
+    make = jax.jit(lambda params: nnx.merge(graphdef, params).conditioner(states, jnp.ones((1, 4), bool)).key)
+    key = np.asarray(make(params))
     assert key.shape == (1, 2, 4, 2, 16)
     np.testing.assert_array_equal(key[..., 0, :], key[..., 1, :])  # one key-value head serves both heads
     cos, sin = rope_table(sequence_positions(4), model.config.dit.rope)
