@@ -25,16 +25,16 @@ def get_config(stage: str = "start") -> ml_collections.ConfigDict:
     config.task = "encoder"
     config.model = "demo"
     config.seed = 0 if start else 2
-    config.total_steps = 6000 if start else 2400
+    config.total_steps = 6000 if start else 1800
     config.batch_size = 32
     config.log_every_steps = 100
     config.dtype = "float32"
     config.encoder.system_prompts = "short"
     config.data.size_px = 96
     config.data.sources = (
-        {"name": "shapes", "weight": 0.62, "seed": 21, "tasks": _START if start else _FINISH},
+        {"name": "shapes", "weight": 0.47, "seed": 21, "tasks": _START if start else _FINISH},
         # Prompts that say everything: nothing in their descriptions is left to chance, so copying is learned from them.
-        {"name": "shapes", "weight": 0.3, "seed": 23, "detail": "full", "tasks": {"text_to_image": 1.0}},
+        {"name": "shapes", "weight": 0.45, "seed": 23, "detail": "full", "tasks": {"text_to_image": 1.0}},
         {"name": "emoji_names", "weight": 0.08, "seed": 22},
     )
     config.data.budgets = {
@@ -44,8 +44,8 @@ def get_config(stage: str = "start") -> ml_collections.ConfigDict:
         "multi_reference": {"max_tokens": 296, "max_tiles": 30, "max_kept_tokens": 296},
     }
     config.optimizer.name = "adamw" if start else "muon"
-    config.optimizer.learning_rate = 1.5e-3 if start else 2e-3
-    config.optimizer.warmup_steps = 300 if start else 50
+    config.optimizer.learning_rate = 1.5e-3 if start else 2.5e-3
+    config.optimizer.warmup_steps = 300 if start else 60
     config.optimizer.schedule = "cosine"
     config.optimizer.final_scale = 0.05
     config.optimizer.weight_decay = 0.05

@@ -38,7 +38,11 @@ ONE_TASK = {
     "optimizer__warmup_steps": 0,
     "flow__condition_dropout": 0.5,
 }
-T5 = {"conditioning__strategy": "last_layer", "encoder__verifi": False, "encoder__system_prompts": "none"}
+T5 = {
+    "conditioning__strategy": "last_layer", "encoder__verifi": False, "encoder__system_prompts": "none",
+    # The tiny tokenizer takes little more than a letter a token.
+    "data__budgets": {"text_to_image": {"max_tokens": 224, "max_tiles": 0, "max_kept_tokens": 224}},
+}  # fmt: skip
 # The tiny encoder has 4 layers of width 32 with one key-value head of 16, the DiT 2 blocks of width 32 with heads of 16.
 CASES = {
     "lap, refiner first": {"conditioning__refiner_position": "before_lap", "conditioning__layer_embedding": False},

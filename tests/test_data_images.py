@@ -48,7 +48,9 @@ def test_formats_in_a_fresh_process(kind, tmp_path):
 @pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr", "RGBA", "LA"])
 def test_modes_become_rgb(mode):
     kind = "TIFF" if mode in ("CMYK", "YCbCr") else "PNG"
-    decoded = images.decode(encoded(picture(mode="RGB").convert(mode), kind))
+    # Pillow 12 cannot read the YCbCr pictures that it writes without compression.
+    options = {"compression": "tiff_lzw"} if mode == "YCbCr" else {}
+    decoded = images.decode(encoded(picture(mode="RGB").convert(mode), kind, **options))
     assert decoded.shape == (20, 30, 3)
     expected = np.asarray(picture().convert(mode).convert("RGB"))
     np.testing.assert_allclose(decoded.astype(int), expected, atol=1)
