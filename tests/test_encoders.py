@@ -198,7 +198,7 @@ def test_full_sizes_have_the_published_parameter_counts(config, decoder, project
 
 def test_demo_size_fits_its_budget():
     params = nnx.to_pure_dict(nnx.state(abstract_model(InternVLConfig.demo(1536), "float32"), nnx.Param))
-    assert _count(params) <= 2_500_000
+    assert _count(params) <= 2_700_000
     assert InternVLConfig.demo(1536).tokens_per_tile == 4
     assert encoders.default_layers(10) == (1, 4, 7, 10) and encoders.default_layers(28)[-1] == 28
 

@@ -19,9 +19,10 @@ def step_of(config, params, gradients, tx=None):
 def params():
     return {
         "stack": {"blocks": {"up": {"kernel": jnp.zeros((3, 8, 12))}, "norm": {"scale": jnp.ones((3, 8))}}},
-        "head": {"kernel": jnp.zeros((8, 4)), "bias": jnp.zeros((4,))},
+        "out": {"kernel": jnp.zeros((8, 4)), "bias": jnp.zeros((4,))},
         "stem": {"kernel": jnp.zeros((3, 3, 2, 6))},
         "embedding": jnp.zeros((16, 8)),
+        "head": {"kernel": jnp.zeros((8, 16))},  # of a language model
     }
 
 
@@ -38,18 +39,18 @@ def muon(**changes):
 
 def test_muon_orthogonalises_every_layers_kernel_by_itself(params, gradients):
     updates = step_of(muon(), params, gradients)
-    matrices = [*updates["stack"]["blocks"]["up"]["kernel"], updates["head"]["kernel"]]
+    matrices = [*updates["stack"]["blocks"]["up"]["kernel"], updates["out"]["kernel"]]
     matrices.append(updates["stem"]["kernel"].reshape(-1, 6))  # window and input channels are the rows
     for matrix in matrices:
         values = np.linalg.svd(np.asarray(matrix), compute_uv=False)
         assert values[-1] > 0.5 * values[0]  # Newton-Schulz leaves them within [0.7, 1.2] of each other
-    raw = np.linalg.svd(np.asarray(gradients["head"]["kernel"]), compute_uv=False)
+    raw = np.linalg.svd(np.asarray(gradients["out"]["kernel"]), compute_uv=False)
     assert raw[-1] < 0.5 * raw[0]
 
 
 def test_muon_updates_are_as_large_as_adamws(params, gradients):
     updates = step_of(muon(), params, gradients)
-    for matrix in (updates["stack"]["blocks"]["up"]["kernel"], updates["head"]["kernel"], updates["stem"]["kernel"]):
+    for matrix in (updates["stack"]["blocks"]["up"]["kernel"], updates["out"]["kernel"], updates["stem"]["kernel"]):
         assert float(jnp.sqrt(jnp.mean(jnp.square(matrix)))) == pytest.approx(0.1 * 0.2, rel=0.3)
 
 
@@ -60,8 +61,9 @@ def test_muon_leaves_other_parameters_to_adamw(params, gradients):
     expected = step_of(config, params, gradients, tx=optax.chain(optax.clip_by_global_norm(1.0), adamw))
     for found, adamw in (
         (updates["embedding"], expected["embedding"]),
+        (updates["head"]["kernel"], expected["head"]["kernel"]),
         (updates["stack"]["blocks"]["norm"]["scale"], expected["stack"]["blocks"]["norm"]["scale"]),
-        (updates["head"]["bias"], expected["head"]["bias"]),
+        (updates["out"]["bias"], expected["out"]["bias"]),
     ):
         np.testing.assert_allclose(found, adamw, rtol=1e-5)
 
@@ -71,6 +73,6 @@ def test_only_kernels_decay(params, name):
     params = jax.tree.map(jnp.ones_like, params)
     updates = step_of(muon(name=name, weight_decay=0.5), params, jax.tree.map(jnp.zeros_like, params))
     moved = optax.apply_updates(params, updates)
-    assert float(moved["head"]["kernel"].max()) < 1
-    for kept in (moved["embedding"], moved["head"]["bias"], moved["stack"]["blocks"]["norm"]["scale"]):
+    assert float(moved["out"]["kernel"].max()) < 1
+    for kept in (moved["embedding"], moved["out"]["bias"], moved["stack"]["blocks"]["norm"]["scale"]):
         np.testing.assert_array_equal(kept, 1.0)

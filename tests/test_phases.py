@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from test_conditioning import ONE_TASK
+from test_conditioning import ONE_TASK, T5
 from test_training import assert_same, logged, parsed
 from vision_support import write_t5
 
@@ -25,7 +25,8 @@ def swapping(frozen, t5, **changes):
     """Two steps with T5, then LAP over the vision-language model."""
     encoder = {"path": str(t5), "verifi": False, "system_prompts": "none", "dtype": "float32"}
     first = {"steps": 2, "encoder": encoder, "conditioning": {"strategy": "last_layer", "refiner_heads": 2}}
-    return parsed(frozen, **(ONE_TASK | {"total_steps": 6, "checkpoint__every_steps": 1, "first": first} | changes))
+    settled = {"data__budgets": T5["data__budgets"], "total_steps": 6, "checkpoint__every_steps": 1, "first": first}
+    return parsed(frozen, **(ONE_TASK | settled | changes))
 
 
 @pytest.fixture(scope="module")

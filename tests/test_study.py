@@ -13,6 +13,7 @@ from unifusion_jax.analysis.findings import CLAIMS, Claim, compare, interval, ve
 from unifusion_jax.data.shapes.source import ShapesSource
 from unifusion_jax.frozen import model_config_of
 from unifusion_jax.training.phases import phases
+from unifusion_jax.verifi import SYSTEM_PROMPTS
 
 TINY = study.Scoring(prompts=2, loss_batches=1, pictures=1, steps=1)
 
@@ -152,6 +153,6 @@ def test_facts_of_perfect_and_of_blank_pictures(model):
             ]
             return [PIL.Image.fromarray(picture) for picture in pixels]
 
-    prompts = [study.prompt_of(record, model.config.encoder) for record in records]
+    prompts = [study.prompt_of(record, SYSTEM_PROMPTS[model.config.encoder.system_prompts]) for record in records]
     assert study.facts_correct(Drawer(model, draws=True), prompts, records, TINY) == 1
     assert study.facts_correct(Drawer(model, draws=False), prompts, records, TINY) < 0.5

@@ -28,7 +28,7 @@ class OptimizerConfig:
       b1: decay of the first moment; Muon's momentum is 0.95.
       b2: decay of the second moment.
       eps: added to the root of the second moment.
-      weight_decay: decoupled decay of matrices; vectors and scalars are not decayed.
+      weight_decay: decoupled decay of matrices (of those that Muon moves); vectors and scalars are not decayed.
       clip_norm: gradients are scaled down to this global norm.
     """
 
