@@ -182,15 +182,10 @@ def build(model: UniFusion, folder: Path, limits: Limits | None = None) -> gr.Bl
                 gallery = gr.Gallery(label="Pictures", columns=2, format="png", interactive=False, elem_id="gallery")
         description = settings["description"]
         inputs = [prompt, files, *(settings[name] for name in FIELDS)]
-
-        def draw(
-            *fields: Any,
-        ) -> Iterator[tuple[Any, Any, str]]:  # Gradio asks whether it is a generator function itself
-            yield from page.draw(*fields)
-
         started = gr.on(
             [run.click, prompt.submit],
-            draw,
+            # Gradio asks whether it is a generator function itself.
+            lambda *fields: (yield from page.draw(*fields)),  # pyright: ignore[reportReturnType]
             inputs,
             [description, gallery, progress],
             api_name="draw",
