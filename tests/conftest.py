@@ -5,8 +5,10 @@ import tempfile
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("UNIFUSION_TEST_PLATFORM", "cpu")
 _DEVICES = "--xla_force_host_platform_device_count=8"
+# Eight devices on two busy cores may keep each other waiting for longer than the 40 s after which XLA gives up.
+_PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
 if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES} {_PATIENCE}"
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Many tests compile the same step. What one compiled, the others, their subprocesses and pytest's workers read.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
