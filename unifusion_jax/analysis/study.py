@@ -31,6 +31,7 @@ from unifusion_jax.prompt import Prompt
 from unifusion_jax.train import run as train
 from unifusion_jax.training import ablations
 from unifusion_jax.training.config import EncoderRef, FirstPhase, TrainConfig
+from unifusion_jax.training.presets import SHAPES_BUDGETS
 from unifusion_jax.training.rng import stream_key
 from unifusion_jax.training.tasks import make_task
 from unifusion_jax.verifi import SYSTEM_PROMPTS, prompt_of
@@ -100,12 +101,6 @@ ARMS: Mapping[str, Arm] = MappingProxyType(
         "edits": Arm(_THIRD, tasks={"text_to_image": 0.4, "edit": 0.6}, after="pictures", length=0.5),
     }
 )
-_BUDGETS = {
-    "text_to_image": {"max_tokens": 112, "max_tiles": 0, "max_kept_tokens": 48},
-    "reconstruction": {"max_tokens": 72, "max_tiles": 10, "max_kept_tokens": 40},
-    "joint": {"max_tokens": 152, "max_tiles": 10, "max_kept_tokens": 88},
-    "edit": {"max_tokens": 144, "max_tiles": 10, "max_kept_tokens": 88},
-}
 
 
 def _prompt(record: Record, asked: EncoderRef) -> Prompt:
@@ -122,7 +117,7 @@ def config_of(name: str, seed: int, steps: int, folder: Path) -> TrainConfig:
         config.first.steps = max(1, round(_FIRST_SHARE * steps))
     if arm.tasks:
         config.data.sources = ({**config.data.sources[0], "tasks": dict(arm.tasks)},)
-        config.data.budgets = {task: _BUDGETS[task] for task in arm.tasks}
+        config.data.budgets = {task: SHAPES_BUDGETS[task] for task in arm.tasks}
     if arm.after:
         config.init_from = str(folder / arm.after / f"seed_{seed}" / "export")
         config.optimizer.learning_rate /= 2

@@ -1,11 +1,24 @@
 """Base configurations that several files under configs/ start from."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from unifusion_jax.conditioning import ConditioningConfig
 from unifusion_jax.config import to_config_dict
 from unifusion_jax.dit import DiTConfig
 from unifusion_jax.training.config import TrainConfig
+
+# The longest of each task of the built-in world, read by the demo encoder, and no more: what pads a batch costs as much as
+# what fills it.
+SHAPES_BUDGETS: Mapping[str, Mapping[str, int]] = MappingProxyType(
+    {
+        "text_to_image": {"max_tokens": 112, "max_tiles": 0, "max_kept_tokens": 48},
+        "reconstruction": {"max_tokens": 72, "max_tiles": 10, "max_kept_tokens": 40},
+        "joint": {"max_tokens": 152, "max_tiles": 10, "max_kept_tokens": 88},
+        "edit": {"max_tokens": 144, "max_tiles": 10, "max_kept_tokens": 88},
+    }
+)
 
 
 def demo() -> Any:
