@@ -4,11 +4,18 @@ import os
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("UNIFUSION_TEST_PLATFORM", "cpu")
-_DEVICES = "--xla_force_host_platform_device_count=8"
-# Eight devices on two busy cores may keep each other waiting for longer than the 40 s after which XLA gives up.
-_PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
-if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES} {_PATIENCE}"
+_FLAGS = (
+    "--xla_force_host_platform_device_count=8",
+    # A test compiles far more than it computes: LLVM's cheapest level halves the suite.
+    "--xla_backend_optimization_level=0",
+    # Eight devices on two busy cores may keep each other waiting for longer than the 40 s after which XLA gives up.
+    "--xla_cpu_collective_call_terminate_timeout_seconds=300",
+)
+if _FLAGS[0] not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *_FLAGS))
+# XLA's thread pools are as large as the machine has cores. A device that waits in a collective holds its thread, so
+# with fewer threads than devices the last to arrive may never get one: a deadlock on machines of a few cores.
+os.environ.setdefault("NPROC", "32")
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Many tests compile the same step. What one compiled, the others, their subprocesses and pytest's workers read.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
