@@ -1,6 +1,7 @@
 """Every analysis on a checkpoint whose answer is planted, and the files it writes."""
 
 import csv
+import json
 import sys
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from unifusion_jax.analysis import FIGURES, Figure, Options
 from unifusion_jax.analysis.figure import share_error
 from unifusion_jax.analysis.layer_dropout import layer_dropout, thirds, without_layers
 from unifusion_jax.analysis.layer_similarity import cosine_similarity, layer_similarity
+from unifusion_jax.analysis.losses import losses
 from unifusion_jax.analysis.pooling_weights import pooling_weights
 from unifusion_jax.analysis.qk_norms import pieces_of, qk_norms, token_norms, word_rows, words_of
 from unifusion_jax.analysis.refiner_effect import change_by_position, refiner_effect, without_refiner
@@ -288,3 +290,28 @@ def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch):
 def test_options_out_of_range():
     with pytest.raises(ValueError, match="count and steps must be 1 or more, got 0 and 20"):
         Options(count=0)
+
+
+# What trainings logged
+
+
+def write_log(workdir, *entries):
+    workdir.mkdir()
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return workdir
+
+
+def test_losses_of_two_trainings_are_listed_and_drawn(tmp_path):
+    first = write_log(tmp_path / "a", {"step": 1, "loss": 2.0}, {"step": 2, "loss": None, "evaluation": 1.0})
+    second = write_log(tmp_path / "b", {"step": 1, "loss": 3.0}, {"step": 2, "loss": 0.5})
+    figure = losses([first, second])
+    assert [tuple(row.values()) for row in figure.rows] == [("a", 1, 2.0), ("b", 1, 3.0), ("b", 2, 0.5)]
+    picture, table = figure.write(tmp_path, "loss")
+    assert np.asarray(PIL.Image.open(picture)).std() > 0 and len(table.read_text().splitlines()) == 4
+
+
+def test_a_training_without_the_quantity_names_what_it_has(tmp_path):
+    with pytest.raises(ValueError, match="never logged 'los'; it has loss"):
+        losses([write_log(tmp_path / "a", {"step": 1, "loss": 2.0})], "los")
+    with pytest.raises(ValueError, match="holds no training"):
+        losses([tmp_path])

@@ -42,7 +42,7 @@ def execute(name, folder, monkeypatch, **environment):
     for variable, value in environment.items():
         monkeypatch.setenv(variable, value)
     monkeypatch.setenv("PYTHONPATH", os.getcwd())
-    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
     notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
     nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(folder)}}).execute()
     return notebook
