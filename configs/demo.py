@@ -33,7 +33,7 @@ def get_config(length: str = "short") -> ml_collections.ConfigDict:
     else:
         config.total_steps = 4000
         config.batch_size = 8
-        config.optimizer.learning_rate = 6e-3
+        config.optimizer.learning_rate = 1e-2
         config.data.sources = (source | {"tasks": _TASKS},)
         config.data.budgets = dict(presets.SHAPES_BUDGETS)
     config.evaluation.prompts = 128
