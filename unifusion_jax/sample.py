@@ -26,6 +26,7 @@ _IMAGE = flags.DEFINE_multi_string("image", [], "Reference picture; repeat the f
 _OUTPUT = flags.DEFINE_string("output", "", "PNG, JPEG or WebP file to write; with --count, out-0.png, out-1.png, ...")
 _SIZE = flags.DEFINE_string("size", None, "Side in pixels, or WIDTHxHEIGHT; the training size if not given.")
 _GUIDANCE_INTERVAL = flags.DEFINE_list("guidance_interval", ["0", "1"], "Times LOW,HIGH between which guidance acts.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Most pictures at a time; --count beyond it takes turns.")
 _COMPILE_CACHE = flags.DEFINE_string("compile_cache", compile_cache.AUTO, compile_cache.HELP)
 _SHOW = flags.DEFINE_string("show", None, "Print the settings stored in a picture, and do nothing else.")
 # These are fields of `request.Request` as they are.
@@ -86,11 +87,11 @@ def run() -> None:
     # A bar where somebody watches it; elsewhere the host does not wait for the device before the end.
     watched = sys.stderr.isatty()
     made = None
-    with tqdm.tqdm(total=request.steps, unit="step", disable=not watched) as bar:
+    with tqdm.tqdm(unit="step", disable=not watched) as bar:
         chunk_steps = math.ceil(request.steps / 10) if watched else request.steps
-        for progress in request.sample_in_chunks(model, condition, chunk_steps):
+        for progress in request.sample_in_chunks(model, condition, chunk_steps, _BATCH_SIZE.value):
+            bar.total, made = progress.total_steps, progress.images
             bar.update(progress.steps - bar.n)
-            made = progress.images
     for number, (file, image) in enumerate(zip(files_of(_OUTPUT.value, request.count), made or [], strict=True)):
         settings = {"checkpoint": _CHECKPOINT.value, "image": _IMAGE.value, **request.settings(condition, number)}
         images.save(image, file, settings=settings)

@@ -227,12 +227,9 @@ def facts_correct(model: UniFusion, prompts: Sequence[Prompt], records: Sequence
     """Returns the share of stated facts that hold in the pictures drawn, over all records together."""
     sampling = SamplingConfig(scoring.steps, guidance=scoring.guidance)
     correct: list[bool] = []
-    for start in range(0, len(prompts), _BATCH):
-        condition = model.condition(prompts[start : start + _BATCH])
-        pictures = model.sample(condition, seed=start, sampling=sampling)
-        for picture, record in zip(pictures, records[start : start + _BATCH], strict=True):
-            stated = [Fact(**fact) for fact in record.facts["stated"]]
-            correct += score(stated, detect(np.asarray(picture))).correct
+    for drawn, record in zip(model.draw(prompts, sampling=sampling, batch_size=_BATCH), records, strict=True):
+        stated = [Fact(**fact) for fact in record.facts["stated"]]
+        correct += score(stated, detect(np.asarray(drawn.image))).correct
     return float(np.mean(correct))
 
 
