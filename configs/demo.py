@@ -23,7 +23,7 @@ def get_config(length: str = "short") -> ml_collections.ConfigDict:
     config = presets.demo()
     source = {"name": "shapes", "seed": 31}
     if length == "short":
-        config.total_steps = 1400
+        config.total_steps = 1350
         config.batch_size = 8
         config.ema_decay = 0.99
         config.optimizer.learning_rate = 1.2e-2

@@ -193,6 +193,7 @@ def test_attention_over_few_tokens_equals_the_general_one(layers):
 def test_lap_is_the_same_by_either_attention(monkeypatch):
     lap = randomised(LAP(LAPConfig(4, 16, 2, 32), rngs=nnx.Rngs(0)))
     states = jax.random.normal(jax.random.key(0), (2, 5, 4, 16))
+    monkeypatch.setattr(attention_module, "FEW_TOKENS", 4)
     fast = lap(states)
     general = attention_module.attention
     calls = []

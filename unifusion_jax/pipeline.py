@@ -23,7 +23,7 @@ from unifusion_jax.flow import SamplingConfig
 from unifusion_jax.frozen import check_fit, load_frozen, model_config_of
 from unifusion_jax.images import to_pil
 from unifusion_jax.model import ModelConfig, UniFusionModel
-from unifusion_jax.prompt import Prompt
+from unifusion_jax.prompt import DEFAULT_GUIDANCE, Prompt
 from unifusion_jax.training.checkpoints import Checkpoints
 from unifusion_jax.training.config import TrainConfig
 from unifusion_jax.training.phases import config_at
@@ -195,7 +195,7 @@ class UniFusion:
         *,
         seed: int | Sequence[int] = 0,
         steps: int = 30,
-        guidance: float = 3.0,
+        guidance: float = DEFAULT_GUIDANCE,
         size: int | tuple[int, int] | None = None,
         rewrite: bool | None = None,
         system_prompt: str | None = None,

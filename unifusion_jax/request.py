@@ -10,7 +10,7 @@ import PIL.Image
 from unifusion_jax import modes
 from unifusion_jax.flow import SamplingConfig
 from unifusion_jax.pipeline import BATCH_SIZE, Condition, Progress, UniFusion
-from unifusion_jax.prompt import Prompt
+from unifusion_jax.prompt import DEFAULT_GUIDANCE, Prompt
 
 _SIZE_PATTERN = re.compile(r"(\d+)(?:\s*x\s*(\d+))?")
 
@@ -54,7 +54,7 @@ class Request:
     count: int = 1
     seed: int = 0
     steps: int = 30
-    guidance: float = 3.0
+    guidance: float = DEFAULT_GUIDANCE
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     solver: str = "euler"
     switch: float = 0.15

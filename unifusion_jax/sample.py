@@ -18,6 +18,7 @@ from typing import Any
 from absl import app, flags
 
 from unifusion_jax import compile_cache
+from unifusion_jax.prompt import DEFAULT_GUIDANCE
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "Exported folder or training workdir; by default the bundled demo."
@@ -50,7 +51,7 @@ _FIELDS = (
     flags.DEFINE_integer("count", 1, "Pictures to make, from seeds SEED, SEED + 1, ..."),
     flags.DEFINE_integer("seed", 0, "Seed of the initial noise."),
     flags.DEFINE_integer("steps", 30, "Solver steps."),
-    flags.DEFINE_float("guidance", 3.0, "Classifier-free guidance scale; 1 is off."),
+    flags.DEFINE_float("guidance", DEFAULT_GUIDANCE, "Classifier-free guidance scale; 1 is off."),
     flags.DEFINE_enum("solver", "euler", ["euler", "heun"], "Euler, or Heun's second-order method."),
     flags.DEFINE_float("switch", 0.15, "Share of the steps under the picture in --mode=zero_shot_edit."),
 )

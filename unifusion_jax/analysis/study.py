@@ -27,7 +27,7 @@ from unifusion_jax.flow import SamplingConfig
 from unifusion_jax.parallel.mesh import make_mesh
 from unifusion_jax.parallel.sharding import global_batch
 from unifusion_jax.pipeline import UniFusion
-from unifusion_jax.prompt import Prompt
+from unifusion_jax.prompt import DEFAULT_GUIDANCE, Prompt
 from unifusion_jax.train import run as train
 from unifusion_jax.training import ablations
 from unifusion_jax.training.config import EncoderRef, FirstPhase, TrainConfig
@@ -75,7 +75,7 @@ class Scoring:
     loss_batches: int = 16
     pictures: int = 16
     steps: int = 12
-    guidance: float = 3.0
+    guidance: float = DEFAULT_GUIDANCE
 
 
 _VERIFI = {"encoder.verifi": True}

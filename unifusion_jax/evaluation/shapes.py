@@ -22,7 +22,7 @@ from unifusion_jax.data.shapes.source import (
 )
 from unifusion_jax.flow import SamplingConfig
 from unifusion_jax.pipeline import UniFusion
-from unifusion_jax.prompt import Prompt
+from unifusion_jax.prompt import DEFAULT_GUIDANCE, Prompt
 
 # How the text that conditions comes about: as the model was trained, decoded by the encoder (VERIFI), the user's own words,
 # or the true description.
@@ -46,7 +46,7 @@ class Drawing:
     """
 
     steps: int = 30
-    guidance: float = 3.0
+    guidance: float = DEFAULT_GUIDANCE
     text: Text = "trained"
     mode: str = modes.AUTO
     tiles: int | None = None
