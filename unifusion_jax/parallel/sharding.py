@@ -92,7 +92,26 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(tuple(axis for axis in target if axis in mesh.shape)))
 
 
+def host_rows(mesh: Mesh, batch_size: int) -> list[int]:
+    """Returns which rows of a global batch this host loads: those that its devices work on.
+
+    Hosts whose devices split one sample between them load the same rows.
+
+    Raises:
+      ValueError: the batch does not divide evenly over the devices.
+    """
+    sharding = batch_sharding(mesh)
+    ways = int(np.prod([mesh.shape[axis] for axis in sharding.spec[0]]))
+    if batch_size % ways:
+        raise ValueError(
+            f"batch_size={batch_size} is the rows of all hosts together and cannot be shared equally by {ways} devices (mesh "
+            f"axes {sharding.spec[0]}); use a multiple of {ways}."
+        )
+    slices = sharding.addressable_devices_indices_map((batch_size,)).values()
+    return sorted({row for (part,) in slices for row in range(*part.indices(batch_size))})
+
+
 def global_batch(batch: Any, mesh: Mesh) -> Any:
-    """Assembles each host's part of a batch (numpy leaves) into global arrays sharded over the batch axes."""
+    """Assembles each host's rows of a batch (numpy leaves, see `host_rows`) into global arrays sharded over the batch axes."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)), batch)

@@ -9,7 +9,9 @@ from unifusion_jax.dit import DiTConfig
 from unifusion_jax.flow import FlowConfig
 from unifusion_jax.parallel.mesh import MeshConfig
 from unifusion_jax.parallel.remat import RematName
+from unifusion_jax.training.health import Policy
 from unifusion_jax.training.optimizer import OptimizerConfig
+from unifusion_jax.training.profiling import ProfileConfig
 
 
 def _at_least(name: str, value: float, least: float) -> None:
@@ -160,6 +162,7 @@ class TrainConfig:
       init_from: folder that a run of the same task exported, to start from; empty starts from scratch.
       model: sizes of the "encoder" or "autoencoder" that those tasks train from scratch, by name of a constructor.
       first: another encoder and conditioning for the first steps.
+      on_nonfinite: what a step with NaN or infinity does: "stop" ends the run, "skip" leaves it out.
     """
 
     task: Literal["unifusion", "encoder", "autoencoder"] = "unifusion"
@@ -172,6 +175,7 @@ class TrainConfig:
     remat: RematName = "none"
     init_from: str = ""
     model: str = ""
+    on_nonfinite: Policy = "stop"
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     encoder: EncoderRef = dataclasses.field(default_factory=EncoderRef)
     first: FirstPhase = dataclasses.field(default_factory=FirstPhase)
@@ -183,6 +187,7 @@ class TrainConfig:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     preview: PreviewConfig = dataclasses.field(default_factory=PreviewConfig)
+    profile: ProfileConfig = dataclasses.field(default_factory=ProfileConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
 
     def __post_init__(self):

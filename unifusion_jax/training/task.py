@@ -8,7 +8,8 @@ from jaxtyping import Array, Float, Key
 from unifusion_jax.data.buckets import Bucket
 from unifusion_jax.data.pipeline import BatchIterator
 from unifusion_jax.training.state import Params
-from unifusion_jax.training.step import Sums
+
+Sums = dict[str, tuple[Float[Array, ""], Float[Array, ""]]]
 
 
 @runtime_checkable

@@ -27,7 +27,7 @@ from unifusion_jax.parallel.sharding import param_shardings
 from unifusion_jax.training.config import TrainConfig
 from unifusion_jax.training.rng import stream_key
 from unifusion_jax.training.state import Params
-from unifusion_jax.training.step import Sums
+from unifusion_jax.training.task import Sums
 from unifusion_jax.training.tasks.streams import open_batches, open_mixture
 
 _NAMES = ["l1", "l2", "gradient", "kl", "psnr_db", "latent_std"]
@@ -38,7 +38,7 @@ class AutoencoderTask:
     """Reconstruction of pictures; see `unifusion_jax.autoencoders.loss`."""
 
     def __init__(self, config: TrainConfig, mesh: Mesh):
-        self.config = config
+        self.config, self.mesh = config, mesh
         self._start = autoencoders.load(config.init_from) if config.init_from else None
         named = getattr(AutoencoderKLConfig, config.model or "demo")
         model_config = named() if self._start is None else self._start.config
@@ -77,7 +77,8 @@ class AutoencoderTask:
     def batches(self) -> BatchIterator:
         """Opens the pictures."""
         crop = functools.partial(_crop_of, crop_px=self.config.data.crop_px)
-        return open_batches(self.config, self.mixture, crop if self.config.data.crop_px else _image_of, _stack)
+        build = crop if self.config.data.crop_px else _image_of
+        return open_batches(self.config, self.mixture, build, _stack, self.mesh)
 
     def preview(self, params: Params) -> PIL.Image.Image:
         """Draws pictures above their reconstructions."""

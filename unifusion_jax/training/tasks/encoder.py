@@ -30,7 +30,7 @@ from unifusion_jax.parallel.sharding import param_shardings
 from unifusion_jax.prompt import Prompt
 from unifusion_jax.training.config import TrainConfig
 from unifusion_jax.training.state import Params
-from unifusion_jax.training.step import Sums
+from unifusion_jax.training.task import Sums
 from unifusion_jax.training.tasks.streams import open_batches, open_mixture
 from unifusion_jax.verifi import SYSTEM_PROMPTS, SystemPrompts
 
@@ -44,7 +44,7 @@ class EncoderTask:
     """Next-token loss on target descriptions, over all tasks of the data."""
 
     def __init__(self, config: TrainConfig, mesh: Mesh):
-        self.config = config
+        self.config, self.mesh = config, mesh
         self.prompts = SYSTEM_PROMPTS[config.encoder.system_prompts]
         start = encoders.load(config.init_from, dtype="float32") if config.init_from else None
         named = getattr(InternVLConfig, config.model or "demo")
@@ -102,7 +102,8 @@ class EncoderTask:
         """Opens prompts with their target descriptions."""
         processor = self.encoder.processor
         build = functools.partial(_build_row, processor=processor, prompts=self.prompts)
-        return open_batches(self.config, self.mixture, build, functools.partial(_collate, processor=processor))
+        collate = functools.partial(_collate, processor=processor)
+        return open_batches(self.config, self.mixture, build, collate, self.mesh)
 
     def preview(self, params: Params) -> PIL.Image.Image | None:
         """A language model draws nothing."""

@@ -32,7 +32,7 @@ from unifusion_jax.prompt import Prompt
 from unifusion_jax.training.config import EncoderRef, TrainConfig
 from unifusion_jax.training.flops import training_flops
 from unifusion_jax.training.state import Params
-from unifusion_jax.training.step import Sums
+from unifusion_jax.training.task import Sums
 from unifusion_jax.training.tasks.streams import open_batches, open_mixture
 from unifusion_jax.verifi import SYSTEM_PROMPTS, prompt_of
 
@@ -50,7 +50,7 @@ class UniFusionTask:
     """Flow matching on the latents of target images, conditioned on the encoder's layer states."""
 
     def __init__(self, config: TrainConfig, mesh: Mesh):
-        self.config = config
+        self.config, self.mesh = config, mesh
         self.encoder, self.autoencoder = load_frozen(config, mesh)
         self.model_config = model_config_of(config, self.encoder.config)
         abstract = nnx.eval_shape(lambda: self._module(nnx.Rngs(0)))
@@ -113,7 +113,8 @@ class UniFusionTask:
         processor = self.encoder.processor
         tiles = self.config.data.tiles_per_image
         build = functools.partial(_build_row, processor=processor, asked=self.config.encoder, tiles_per_image=tiles)
-        return open_batches(self.config, self.mixture, build, functools.partial(_collate, processor=processor))
+        collate = functools.partial(_collate, processor=processor)
+        return open_batches(self.config, self.mixture, build, collate, self.mesh)
 
     def pipeline(self, params: Params) -> UniFusion:
         """The inference path around these parameters."""
