@@ -41,9 +41,9 @@ job_script() {
   echo "$srun $(train_command)"
   cat <<'END'
 status=$?
-# 75: told to end, saved. 76: another process was lost. 137: a process was killed. srun returns the highest of all.
+# 75: told to end, saved. 76 and 134: another process was lost. 137: one was killed. srun returns the highest of all.
 case $status in
-  75 | 76 | 137) ((${SLURM_RESTART_COUNT:-0} < 20)) && scontrol requeue "$SLURM_JOB_ID" ;;
+  75 | 76 | 134 | 137) ((${SLURM_RESTART_COUNT:-0} < 20)) && scontrol requeue "$SLURM_JOB_ID" ;;
 esac
 exit $status
 END

@@ -13,7 +13,7 @@
 #   --workdir   folder that every host sees; with --bucket=NAME that bucket is mounted at /gcs/NAME
 #   --spot      true: may be preempted, costs less. The training saves and ends with status 75, is started again when the
 #               TPU is back, and goes on
-#   --retries   how often the training is started again after status 75 or 76 (default 20)
+#   --retries   how often the training is started again after a preemption or a lost host (default 20)
 #   --dry-run   print the commands
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -93,9 +93,9 @@ for ((start = 0; start <= retries; start++)); do
   if wait_until_active; then
     prepare_hosts
     status=$(train)
-    # 75: told to end, saved. 76: another host was lost. Nothing: this one was.
+    # 75: told to end, saved. 76 and 134: another host was lost. Nothing: this one was.
     case ${status:-lost} in
-      75 | 76 | lost) ;;
+      75 | 76 | 134 | lost) ;;
       *) exit "$status" ;;
     esac
     echo "the training ended with status ${status:-unknown}: starting again"

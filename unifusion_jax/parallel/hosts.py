@@ -139,7 +139,11 @@ class HostWatch:
         failed = error is not None and not isinstance(error, SystemExit)
         if isinstance(error, jax.errors.JaxRuntimeError):
             # Most likely another process is gone and its connections broke: the thread finds out which, and ends this one.
-            log.error("%s. Waiting up to %d s to see whether a process is lost.", error, 2 * self._timeout_s)
+            log.error(
+                "%s. Waiting up to %d s to see whether a process is lost. If JAX ends this process before that, it is %s, "
+                "which the others ask.",
+                *(error, 2 * self._timeout_s, self._names[0]),
+            )
             self._stopped.wait(2 * self._timeout_s)
         self._stopped.set()
         self._thread.join()

@@ -13,6 +13,7 @@ from flax import traverse_util
 from unifusion_jax.config import from_mapping, to_json
 from unifusion_jax.parallel.hosts import agreed
 from unifusion_jax.training.config import TrainConfig
+from unifusion_jax.training.health import NonFiniteError
 from unifusion_jax.training.state import TrainState
 
 CONFIG_FILE = "config.json"
@@ -54,6 +55,7 @@ class Checkpoints:
             item_handlers={"state": ocp.StandardCheckpointHandler(), "data": ocp.JsonCheckpointHandler()},
         )
         self._workdir = workdir
+        self._closed = False
 
     def latest_step(self) -> int | None:
         """Step of the newest complete checkpoint; None when there is none."""
@@ -107,8 +109,19 @@ class Checkpoints:
             path, args=ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True)
         )[item]
 
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        # A save in flight is finished, also where the run fails; but other hosts, which it needs, may not get here.
+        if error is None or jax.process_count() == 1 or isinstance(error, SystemExit | NonFiniteError):
+            self.close()
+
     def close(self) -> None:
-        """Waits for saves in flight; raises SaveError when one failed."""
+        """Waits for saves in flight; raises SaveError when one failed. Harmless when repeated."""
+        if self._closed:
+            return
+        self._closed = True
         with self._telling(None):
             self._manager.wait_until_finished()
         self._manager.close()

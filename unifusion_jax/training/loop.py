@@ -51,7 +51,8 @@ def fit(
     state = _first_state(program, checkpoints, batches, phase, before)
     logged = start = int(state.step)
     writer, health, watch = MetricWriter(workdir, start_step=start), Health(workdir, config.on_nonfinite), Stopwatch()
-    with batches, Preemption() as preemption, Profiler(config.profile, workdir) as profiler, _bar(config, start) as bar:
+    preemption, profiler, bar = Preemption(), Profiler(config.profile, workdir), _bar(config, start)
+    with checkpoints, batches, preemption, profiler, bar:
         for step in range(start + 1, phase.until + 1):
             with watch.waiting():
                 batch = next(batches)
@@ -81,7 +82,6 @@ def fit(
                 writer.close()
                 log.warning("Told to end: saved step %d in %s. The same command goes on from there.", step, workdir)
                 raise Preempted
-    checkpoints.close()
     return state, writer
 
 
