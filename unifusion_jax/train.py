@@ -21,7 +21,7 @@ from ml_collections import config_flags
 
 from unifusion_jax.config import from_mapping, parse_flags, to_json
 from unifusion_jax.parallel.host_memory import cpu_expected, keep_freed_blocks
-from unifusion_jax.parallel.hosts import HostWatch, connect
+from unifusion_jax.parallel.hosts import HostWatch, connect, to_host
 from unifusion_jax.parallel.mesh import make_mesh
 from unifusion_jax.training.checkpoints import check_config, latest_step, write_config
 from unifusion_jax.training.config import TrainConfig
@@ -61,7 +61,9 @@ def run(config: TrainConfig, workdir: Path) -> dict[str, float]:
     task, state, writer = _train(config, workdir)
     trained_s = time.perf_counter() - started
     params = state.inference_params
-    task.export(params, workdir / "export")
+    whole = to_host(params)
+    if jax.process_index() == 0:
+        task.export(whole, workdir / "export")
     scores = task.evaluate(params)
     writer.write(config.total_steps, {f"evaluation/{name}": value for name, value in scores.items()})
     writer.close()

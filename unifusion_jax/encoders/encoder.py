@@ -25,6 +25,7 @@ from unifusion_jax.encoders.processor import Processor
 from unifusion_jax.encoders.quantization import quantizer
 from unifusion_jax.encoders.tiling import TilingConfig
 from unifusion_jax.layers import ShapesOnly
+from unifusion_jax.parallel.hosts import to_host
 from unifusion_jax.parallel.sharding import batch_sharding, param_shardings
 from unifusion_jax.prompt import Prompt
 
@@ -245,6 +246,7 @@ class Encoder:
             image_tokens=int(batch.is_image.sum(axis=1).max()),
             max_new_tokens=max_new_tokens,
         )
+        decoded = to_host(decoded)
         lengths = np.asarray(decoded.lengths)
         token_ids = [ids[:length].tolist() for ids, length in zip(np.asarray(decoded.token_ids), lengths, strict=True)]
         kept = max(1, int((lengths + batch.is_image.sum(axis=1)).max()))

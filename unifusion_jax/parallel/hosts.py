@@ -94,7 +94,10 @@ def agreed(value: int) -> int:
 
 
 def to_host(tree: Any) -> Any:
-    """Returns the arrays of a pytree as NumPy arrays, whole on every host. With many hosts, all of them must call it."""
+    """Returns the arrays of a pytree as NumPy arrays, whole on every host.
+
+    With many hosts all of them must call it where arrays may be split over them.
+    """
 
     def fetch(leaf: Any) -> np.ndarray:
         if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):

@@ -23,6 +23,7 @@ from unifusion_jax.data.buckets import Bucket, Budget
 from unifusion_jax.data.pipeline import BatchIterator
 from unifusion_jax.data.records import TASKS, Record
 from unifusion_jax.images import grid, to_float, to_pil
+from unifusion_jax.parallel.hosts import to_host
 from unifusion_jax.parallel.sharding import param_shardings
 from unifusion_jax.training.config import TrainConfig
 from unifusion_jax.training.rng import stream_key
@@ -96,7 +97,7 @@ class AutoencoderTask:
             for _ in range(4):
                 images = to_float(next(batches).data)
                 errors.append(
-                    np.square(np.asarray(autoencoder.decode(autoencoder.encode(images)) - images)).mean((1, 2, 3))
+                    np.square(to_host(autoencoder.decode(autoencoder.encode(images)) - images)).mean((1, 2, 3))
                 )
         return {"psnr_db": float(np.mean(10 * np.log10(4.0 / np.concatenate(errors))))}
 
