@@ -4,8 +4,7 @@ Any key of the config can be set on the command line, e.g. `--config.batch_size=
 Restarting with the same --workdir resumes from its newest checkpoint. With many hosts, every one runs the same command on a
 workdir that all of them see; docs/launch.md says how.
 
-Exit status: 0 done; 1 failed, the last line says why; 2 wrong command line; 75 told to end (SIGTERM), saved, start it again; 76
-another host was lost or failed, start all of them again.
+Exit status: 0 done; 1 failed; 2 wrong command line; 75 told to end (SIGTERM) and saved; 76 another host was lost or failed.
 """
 
 import json
@@ -36,20 +35,11 @@ from unifusion_jax.training.tasks import make_task, parameter_shapes
 _CONFIG = config_flags.DEFINE_config_file(
     "config", help_string="File with a get_config function, e.g. configs/demo.py."
 )
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder for checkpoints, metrics.jsonl, samples/ and the exported model."
-)
-
-_COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "HOST:PORT of process 0. Not needed on TPU slices, under GKE and under Slurm."
-)
-_NUM_PROCESSES = flags.DEFINE_integer(
-    "num_processes", None, "Processes of the run; 1 joins no others even where the cluster has them.", lower_bound=1
-)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics, samples and the exported model.")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0; clusters tell it by themselves.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the run; 1 joins no others.", lower_bound=1)
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, from 0.", lower_bound=0)
-_LOST_AFTER = flags.DEFINE_integer(
-    "lost_host_after_s", 100, "How long another host may be silent before the run stops and names it.", lower_bound=2
-)
+_LOST_AFTER = flags.DEFINE_integer("lost_host_after_s", 100, "Silence after which a host is lost.", lower_bound=2)
 
 log = logging.getLogger("unifusion_jax")
 
