@@ -29,6 +29,7 @@ class Objective:
 
     metric_names: tuple[str, ...] = ()
     frozen: tuple[()] = ()
+    param_shardings: Any
 
     def __init__(self, config: Any, dtype: str, remat_name: str, mesh: Any):
         import jax.numpy as jnp

@@ -21,10 +21,11 @@ def parse_flags(argv: list[str]) -> list[str]:
     try:
         return app.parse_flags_with_usage(argv)
     except (KeyError, AttributeError, TypeError):
-        for key, problem in _misspelt(argv).items():
-            sys.stderr.write(f"--{key} cannot be set: {problem}\n")
-            sys.exit(2)
-        raise
+        problems = _misspelt(argv)
+        if not problems:
+            raise
+        sys.stderr.writelines(f"--{key} cannot be set: {problem}\n" for key, problem in problems.items())
+        sys.exit(2)
 
 
 def _misspelt(argv: list[str]) -> dict[str, str]:

@@ -14,7 +14,7 @@ from unifusion_jax.training.optimizer import make_optimizer
 from unifusion_jax.training.rng import stream_key
 from unifusion_jax.training.state import TrainState, create_state, state_shardings
 from unifusion_jax.training.step import compiled_train_step, reset_metrics
-from unifusion_jax.training.task import Task
+from unifusion_jax.training.task import Objective
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Program:
         )
 
 
-def make_program(task: Task, config: TrainConfig, mesh: Mesh) -> Program:
+def make_program(task: Objective, config: TrainConfig, mesh: Mesh) -> Program:
     """Prepares the functions of a run. Nothing is compiled before it is called."""
     tx = make_optimizer(config.optimizer, config.total_steps)
     names = ["loss", "grad_norm", *task.metric_names]

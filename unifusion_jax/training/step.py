@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, Key
 from unifusion_jax.training.config import TrainConfig
 from unifusion_jax.training.rng import stream_key
 from unifusion_jax.training.state import Params, TrainState
-from unifusion_jax.training.task import Sums, Task
+from unifusion_jax.training.task import Objective, Sums
 
 LossFunction = Callable[[Params, Any, Any, Key[Array, ""], Any], tuple[Float[Array, ""], Sums]]
 
@@ -51,7 +51,7 @@ def make_train_step(
     return train_step
 
 
-def compiled_train_step(task: Task, tx: optax.GradientTransformation, config: TrainConfig, shardings: Any) -> Any:
+def compiled_train_step(task: Objective, tx: optax.GradientTransformation, config: TrainConfig, shardings: Any) -> Any:
     """Returns `make_train_step`'s function under jit: `static` is static, the state is donated and stays where it lies."""
     step = make_train_step(task.loss, tx, ema_decay=config.ema_decay, seed=config.seed)
     return jax.jit(step, static_argnums=3, donate_argnums=0, out_shardings=(shardings, shardings.step))

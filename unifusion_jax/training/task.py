@@ -1,5 +1,6 @@
 """What a training run trains: the part that differs between the diffusion model and the two frozen networks it needs."""
 
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import PIL.Image
@@ -13,20 +14,18 @@ Sums = dict[str, tuple[Float[Array, ""], Float[Array, ""]]]
 
 
 @runtime_checkable
-class Task(Protocol):
-    """One kind of training. The loop calls these and knows nothing else about what it trains.
+class Objective(Protocol):
+    """What one optimizer step needs to know.
 
     Attributes:
       metric_names: metrics that `loss` returns, besides "loss" and "grad_norm".
       frozen: pytree of frozen parameters, on the devices.
       param_shardings: tree of shardings of the trained parameters.
-      flops_per_sample: model FLOPs of one training sample, forward and backward, or None where they are not counted.
     """
 
-    metric_names: list[str]
+    metric_names: Sequence[str]
     frozen: Any
     param_shardings: Params
-    flops_per_sample: float | None
 
     def init(self, key: Key[Array, ""]) -> Params:
         """Makes float32 parameters; runs compiled, with the shardings above."""
@@ -37,6 +36,17 @@ class Task(Protocol):
     ) -> tuple[Float[Array, ""], Sums]:
         """Returns the loss of a global batch and metrics as (sum, weight)."""
         ...
+
+
+@runtime_checkable
+class Task(Objective, Protocol):
+    """One kind of training. The loop calls these and knows nothing else about what it trains.
+
+    Attributes:
+      flops_per_sample: model FLOPs of one training sample, forward and backward, or None where they are not counted.
+    """
+
+    flops_per_sample: float | None
 
     def static(self, bucket: Bucket) -> Any:
         """Returns what `loss` needs to know of a bucket besides array shapes; each different value is one compilation."""
