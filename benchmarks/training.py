@@ -27,9 +27,7 @@ from sampling import CHANNELS, config_of_size, flux
 class Objective:
     """Flow matching of the DiT alone, as the trainer's step wants it."""
 
-    metric_names: tuple[str, ...] = ()
     frozen: tuple[()] = ()
-    param_shardings: Any
 
     def __init__(self, config: Any, dtype: str, remat_name: str, mesh: Any):
         import jax.numpy as jnp
@@ -39,6 +37,7 @@ class Objective:
         from unifusion_jax.parallel.remat import remat
         from unifusion_jax.parallel.sharding import param_shardings
 
+        self.metric_names: list[str] = []
         self._make = lambda rngs: DiT(config, dtype=jnp.dtype(dtype), rngs=rngs)
         abstract = nnx.eval_shape(lambda: self._make(nnx.Rngs(0)))
         self._graphdef, self.param_shardings = nnx.graphdef(abstract), param_shardings(abstract, mesh)

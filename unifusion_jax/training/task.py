@@ -1,6 +1,5 @@
 """What a training run trains: the part that differs between the diffusion model and the two frozen networks it needs."""
 
-from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import PIL.Image
@@ -23,7 +22,7 @@ class Objective(Protocol):
       param_shardings: tree of shardings of the trained parameters.
     """
 
-    metric_names: Sequence[str]
+    metric_names: list[str]
     frozen: Any
     param_shardings: Params
 
