@@ -20,7 +20,7 @@ from unifusion_jax.training.config import TrainConfig
 from unifusion_jax.training.optimizer import make_optimizer
 from unifusion_jax.training.rng import stream_key
 from unifusion_jax.training.state import create_state, state_shardings
-from unifusion_jax.training.step import make_train_step
+from unifusion_jax.training.step import compiled_train_step
 from unifusion_jax.training.tasks import make_task
 
 
@@ -48,12 +48,7 @@ def main() -> None:
     key = stream_key(config.seed, "init")
     shardings = state_shardings(jax.eval_shape(init, key), task.param_shardings, mesh)
     state = jax.jit(init, out_shardings=shardings)(key)
-    step = jax.jit(
-        make_train_step(task.loss, tx, ema_decay=config.ema_decay, seed=config.seed),
-        static_argnums=3,
-        donate_argnums=0,
-        out_shardings=shardings,
-    )
+    step = compiled_train_step(task, tx, config, shardings)
     with task.batches() as batches:
         batch = next(batches)
     arguments = (task.frozen, global_batch(batch.data, mesh), task.static(batch.bucket))

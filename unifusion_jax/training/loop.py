@@ -16,7 +16,7 @@ from unifusion_jax.training.optimizer import make_optimizer
 from unifusion_jax.training.phases import Phase, Shapes, carry_on
 from unifusion_jax.training.rng import stream_key
 from unifusion_jax.training.state import TrainState, create_state, state_shardings
-from unifusion_jax.training.step import make_train_step, reset_metrics
+from unifusion_jax.training.step import compiled_train_step, reset_metrics
 from unifusion_jax.training.task import Task
 
 log = logging.getLogger(__name__)
@@ -66,12 +66,7 @@ def fit(
         state, position = checkpoints.restore(placed)
         batches.set_state(position)
         log.info("Resumed from step %d of %s.", int(state.step), workdir)
-    train_step = jax.jit(
-        make_train_step(task.loss, tx, ema_decay=config.ema_decay, seed=config.seed),
-        static_argnums=3,
-        donate_argnums=0,
-        out_shardings=shardings,
-    )
+    train_step = compiled_train_step(task, tx, config, shardings)
     reset = jax.jit(reset_metrics, donate_argnums=0, out_shardings=shardings)
 
     start = int(state.step)

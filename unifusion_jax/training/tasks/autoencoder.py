@@ -27,7 +27,7 @@ from unifusion_jax.parallel.sharding import param_shardings
 from unifusion_jax.training.config import TrainConfig
 from unifusion_jax.training.rng import stream_key
 from unifusion_jax.training.state import Params
-from unifusion_jax.training.step import Sums
+from unifusion_jax.training.task import Sums
 from unifusion_jax.training.tasks.streams import open_batches, open_mixture
 
 _NAMES = ["l1", "l2", "gradient", "kl", "psnr_db", "latent_std"]
@@ -64,11 +64,15 @@ class AutoencoderTask:
             return self._start.params
         return nnx.to_pure_dict(nnx.state(AutoencoderKL(self.model_config, rngs=nnx.Rngs(key)), nnx.Param))
 
+    def draw(self, batch: Any, key: Key[Array, ""], static: Any) -> Key[Array, ""]:
+        """The loss draws as it goes, where it draws at all."""
+        return key
+
     def loss(
-        self, params: Params, frozen: Any, batch: Any, key: Key[Array, ""], static: None
+        self, params: Params, frozen: Any, batch: Any, draws: Key[Array, ""], static: None
     ) -> tuple[Float[Array, ""], Sums]:
         """Reconstruction loss of uint8 images [B, h, w, 3]."""
-        loss, parts = autoencoder_loss(nnx.merge(self.graphdef, params), to_float(batch), key)
+        loss, parts = autoencoder_loss(nnx.merge(self.graphdef, params), to_float(batch), draws)
         return loss, {name: (parts[name], jnp.ones(())) for name in _NAMES}
 
     def static(self, bucket: Bucket) -> None:
