@@ -43,8 +43,8 @@ def inputs(mask, rows=2):
     places, existing = np.arange(TOKENS), 120 + 10 * np.arange(rows)[:, None]
     sides = {"right": places < existing, "left": places >= TOKENS - existing}
     options["kv_mask"] = sides.get(options.get("kv_mask"))
-    # Queries that see nothing carry no meaning, and nothing reads them.
-    read = sides["left"] if "left" in mask else np.ones((rows, TOKENS), bool)
+    # Queries of padding may see nothing; nothing reads them.
+    read = options["kv_mask"] if "causal" in mask else np.ones((rows, TOKENS), bool)
     return parts, options, jnp.asarray(read)[:, :, None, None]
 
 

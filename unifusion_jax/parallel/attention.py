@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from unifusion_jax.parallel import splash, target
+from unifusion_jax.parallel import target
 from unifusion_jax.parallel.sharding import activation_spec
 
 # cuDNN's flash attention takes these heads, in 16-bit types.
@@ -44,7 +44,7 @@ def attention(
     `causal` lets query i see keys up to i + `query_offset` (the offset is the cache position when decoding); `window_tokens`
     lets it see only keys less than so many places away; `kv_mask` marks the keys that exist; `mask` is any further
     restriction. All given restrictions must hold. `scale` defaults to E**-0.5; `bias` is added to the scaled products.
-    A query that may see nothing returns an average of values, never NaN. Raises ValueError when A is not a multiple of G.
+    A query that may see nothing returns an average of values, never NaN; its gradient means nothing. Raises ValueError when A is not a multiple of G.
     """
     heads, kv_heads = query.shape[2], key.shape[2]
     if heads % kv_heads:
@@ -57,6 +57,8 @@ def attention(
     whole = mask is None and bias is None and isinstance(query_offset, int) and query_offset == 0
     kernel = aim.chosen_kernel if whole and min(query.shape[1], key.shape[1]) >= _LEAST_KERNEL_TOKENS else "xla"
     if kernel == "splash":
+        from unifusion_jax.parallel import splash  # Pallas takes a second to import
+
         shards = None if aim.mesh is None or aim.mesh.size == 1 else (aim.mesh, _spec(query, aim.mesh))
         if shards is not None:
             key, value = (_with_heads_for(part, heads, *shards) for part in (key, value))

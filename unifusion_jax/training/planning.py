@@ -282,6 +282,8 @@ def plan(config: TrainConfig, devices: Sequence[jax.Device], *, capacity_gib: fl
             + memory.generated_code_size_in_bytes
             + max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes)
         ) / _GIB
+        # Small arrays take more room than their numbers.
+        parts["temporary"] += max(0.0, memory.argument_size_in_bytes / _GIB - known)
         total = known + parts["temporary"]
         collectives = collective_bytes(compiled.as_text())
     fits = None if capacity_gib is None or total is None else total <= capacity_gib
@@ -306,7 +308,7 @@ def _report(
         times = {
             "products": executed / mesh.size / chip.flops,
             "links": sum(collectives.values()) / chip.link_bytes_per_s,
-            "memory": 2 * (total or 0.0) * _GIB / chip.memory_bytes_per_s,  # all that is held is written and read once
+            "memory": (2 * (total or 0.0) - _read_only(parts)) * _GIB / chip.memory_bytes_per_s,
         }
         reason = max(times, key=lambda name: times[name])
         bound = times[reason]
@@ -333,6 +335,11 @@ def _report(
         mfu_bound=None if bound is None or chip is None else flops / bound / mesh.size / chip.flops,
         compile_s=compile_s,
     )
+
+
+def _read_only(parts: Mapping[str, float | None]) -> float:
+    """GiB that a step reads and does not write."""
+    return sum(parts[name] or 0.0 for name in ("encoder", "autoencoder", "batch"))
 
 
 def _compile(lowered: Any) -> tuple[Any, float | None]:
