@@ -57,6 +57,9 @@ class LineTask:
     def init(self, key):
         return {"kernel": jax.random.normal(key, (3, 16)), "scale": jnp.ones(())}
 
+    def draw(self, batch, key, static):
+        return key
+
     def loss(self, params, frozen, batch, key, static):
         noise = jax.random.normal(key, (batch.shape[0], 16))
         error = jnp.square(batch @ params["kernel"] * params["scale"] - batch.sum(1, keepdims=True) - 0.1 * noise)

@@ -13,21 +13,10 @@ import numpy as np
 import PIL.Image
 from clu import metrics as clu_metrics
 
+from unifusion_jax.parallel.chips import peak_flops
 from unifusion_jax.training.state import Metrics
 
 METRICS_FILE = "metrics.jsonl"
-
-# bf16 peak FLOP/s of one chip, from the vendors' data sheets.
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-}
 
 
 def averages(sums: Metrics) -> dict[str, float | None]:
@@ -37,13 +26,6 @@ def averages(sums: Metrics) -> dict[str, float | None]:
         mean = clu_metrics.Average(total=pair[0], count=pair[1])  # pyright: ignore[reportCallIssue] (a flax dataclass)
         means[name] = float(mean.compute()) if pair[1] else None
     return means
-
-
-def peak_flops(device: jax.Device) -> float | None:
-    """Peak bf16 FLOP/s of a device; None where it is unknown, as on CPUs."""
-    kind = device.device_kind
-    matches = [name for name in PEAK_FLOPS if kind.startswith(name)]
-    return PEAK_FLOPS[max(matches, key=len)] if matches else None
 
 
 class MetricWriter:

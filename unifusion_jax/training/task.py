@@ -9,6 +9,7 @@ from unifusion_jax.data.buckets import Bucket
 from unifusion_jax.data.pipeline import BatchIterator
 from unifusion_jax.training.state import Params
 
+# Metrics of a step by name, each as (sum, weight).
 Sums = dict[str, tuple[Float[Array, ""], Float[Array, ""]]]
 
 
@@ -30,10 +31,19 @@ class Objective(Protocol):
         """Makes float32 parameters; runs compiled, with the shardings above."""
         ...
 
-    def loss(
-        self, params: Params, frozen: Any, batch: Any, key: Key[Array, ""], static: Any
-    ) -> tuple[Float[Array, ""], Sums]:
-        """Returns the loss of a global batch and metrics as (sum, weight)."""
+    def draw(self, batch: Any, key: Key[Array, ""], static: Any) -> Any:
+        """Returns the random numbers that the loss of a global batch takes, every array with the batch's rows first.
+
+        A task whose loss draws as it goes returns the key; its gradients cannot be accumulated.
+        """
+        ...
+
+    def loss(self, params: Params, frozen: Any, batch: Any, draws: Any, static: Any) -> tuple[Float[Array, ""], Sums]:
+        """Returns the loss of a batch with its draws, and metrics as (sum, weight)."""
+        ...
+
+    def static(self, bucket: Bucket) -> Any:
+        """Returns what `loss` needs to know of a bucket besides array shapes; each different value is one compilation."""
         ...
 
 
@@ -46,10 +56,6 @@ class Task(Objective, Protocol):
     """
 
     flops_per_sample: float | None
-
-    def static(self, bucket: Bucket) -> Any:
-        """Returns what `loss` needs to know of a bucket besides array shapes; each different value is one compilation."""
-        ...
 
     def batches(self) -> BatchIterator:
         """Opens this host's share of the data."""

@@ -65,11 +65,15 @@ class AutoencoderTask:
             return self._start.params
         return nnx.to_pure_dict(nnx.state(AutoencoderKL(self.model_config, rngs=nnx.Rngs(key)), nnx.Param))
 
+    def draw(self, batch: Any, key: Key[Array, ""], static: Any) -> Key[Array, ""]:
+        """The loss draws as it goes, where it draws at all."""
+        return key
+
     def loss(
-        self, params: Params, frozen: Any, batch: Any, key: Key[Array, ""], static: None
+        self, params: Params, frozen: Any, batch: Any, draws: Key[Array, ""], static: None
     ) -> tuple[Float[Array, ""], Sums]:
         """Reconstruction loss of uint8 images [B, h, w, 3]."""
-        loss, parts = autoencoder_loss(nnx.merge(self.graphdef, params), to_float(batch), key)
+        loss, parts = autoencoder_loss(nnx.merge(self.graphdef, params), to_float(batch), draws)
         return loss, {name: (parts[name], jnp.ones(())) for name in _NAMES}
 
     def static(self, bucket: Bucket) -> None:

@@ -27,6 +27,7 @@ from unifusion_jax.encoders.lm_loss import next_token_loss
 from unifusion_jax.encoders.processor import Row
 from unifusion_jax.parallel.remat import remat
 from unifusion_jax.parallel.sharding import param_shardings
+from unifusion_jax.parallel.target import compiling_for
 from unifusion_jax.prompt import Prompt
 from unifusion_jax.training.config import TrainConfig
 from unifusion_jax.training.state import Params
@@ -83,11 +84,16 @@ class EncoderTask:
             return self.encoder.params
         return nnx.to_pure_dict(nnx.state(InternVL(self.model_config, rngs=nnx.Rngs(key)), nnx.Param))
 
+    def draw(self, batch: Any, key: Key[Array, ""], static: Any) -> Key[Array, ""]:
+        """The loss draws as it goes, where it draws at all."""
+        return key
+
     def loss(
-        self, params: Params, frozen: Any, batch: EncoderBatch, key: Key[Array, ""], static: str
+        self, params: Params, frozen: Any, batch: EncoderBatch, draws: Key[Array, ""], static: str
     ) -> tuple[Float[Array, ""], Sums]:
         """Mean cross-entropy over target tokens, in nats."""
-        loss, parts = next_token_loss(nnx.merge(self.graphdef, params), batch, remat=remat(self.config.remat))
+        with compiling_for(self.mesh, kernel=self.config.attention):
+            loss, parts = next_token_loss(nnx.merge(self.graphdef, params), batch, remat=remat(self.config.remat))
         count = parts["target_tokens"]
         return loss, {
             "token_accuracy": (parts["token_accuracy"] * count, count),
