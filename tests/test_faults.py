@@ -58,7 +58,7 @@ def test_sigterm_saves_exits_with_its_own_status_and_resumes_bit_equal(straight,
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Preempted) as told:
         train(tmp_path, ToldAtStep)
-    assert told.value.code == 75 and checkpoint_steps(tmp_path)[-1] == 5
+    assert told.value.code == 75 and "saved step 5 in" in told.value.message and checkpoint_steps(tmp_path)[-1] == 5
     assert signal.getsignal(signal.SIGTERM) is before
     state, workdir = straight
     assert_same(train(tmp_path), state)

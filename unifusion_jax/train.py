@@ -28,6 +28,7 @@ from unifusion_jax.training.health import NonFiniteError
 from unifusion_jax.training.loop import fit
 from unifusion_jax.training.metrics import MetricWriter
 from unifusion_jax.training.phases import phases
+from unifusion_jax.training.preemption import Preempted
 from unifusion_jax.training.state import TrainState
 from unifusion_jax.training.task import Task
 from unifusion_jax.training.tasks import make_task, parameter_shapes
@@ -104,6 +105,9 @@ def main(argv: list[str]) -> None:
         connect(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, timeout_s=_LOST_AFTER.value)
         with HostWatch(_LOST_AFTER.value):
             run(config, Path(_WORKDIR.value).expanduser())
+    except Preempted as told:
+        log.warning("%s", told.message)
+        raise
     except (ValueError, TypeError, OSError, NonFiniteError) as error:
         log.debug("Failed.", exc_info=True)
         sys.exit(f"{type(error).__name__}: {error}")

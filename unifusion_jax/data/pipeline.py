@@ -8,6 +8,7 @@ exactly.
 import concurrent.futures
 import dataclasses
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -309,6 +310,8 @@ def make_batches(
 def _init_worker(worker: int, workers: int) -> None:
     # A worker that happens to use JAX must not reach for the accelerator that the trainer holds.
     os.environ["JAX_PLATFORMS"] = "cpu"
+    # Schedulers announce the end to every process of a job. The trainer then still needs its batches, and ends the workers.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _owned(leaf: Any) -> Any:

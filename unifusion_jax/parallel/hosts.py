@@ -46,6 +46,7 @@ def connect(
 
     Raises:
       ValueError: the three are not given together, or do not fit.
+      ConnectionError: others did not come in time, or the cluster does not tell who they are.
     """
     given = {"--coordinator": coordinator, "--num_processes": num_processes, "--process_id": process_id}
     if num_processes == 1:
@@ -66,15 +67,21 @@ def connect(
             raise ValueError(
                 f"--process_id counts from 0 to --num_processes - 1 = {num_processes - 1}, got {process_id}."
             )
-    jax.distributed.initialize(
-        coordinator,
-        num_processes,
-        process_id,
-        initialization_timeout=max(timeout_s, 60),
-        # JAX's own watch ends a process without a word on which host is gone, so it comes second.
-        heartbeat_timeout_seconds=2 * timeout_s,
-        shutdown_timeout_seconds=timeout_s,
-    )
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            num_processes,
+            process_id,
+            initialization_timeout=max(timeout_s, 60),
+            # JAX's own watch ends a process without a word on which host is gone, so it comes second.
+            heartbeat_timeout_seconds=2 * timeout_s,
+            shutdown_timeout_seconds=timeout_s,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConnectionError(
+            f"The processes of the run did not find each other: {error}. Start all of them within {max(timeout_s, 60)} s with "
+            "the same --coordinator and --num_processes, or train on this host alone with --num_processes=1."
+        ) from error
     return True
 
 

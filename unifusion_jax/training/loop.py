@@ -70,18 +70,19 @@ def fit(
                 bar.set_postfix(loss=values["loss"])
                 state, logged = program.reset(state), step
                 watch.restart()
-            with watch.pause():
-                if config.preview.every_steps and step % config.preview.every_steps == 0:
-                    _preview(task, state, step, workdir, writer)
-                told = preemption.reached(step)
-                if checkpoints.due(step, force=told or step == phase.until):
-                    health.check()
-                    checkpoints.save(step, state, batches.get_state())
+            told = preemption.reached(step)
+            saving = checkpoints.due(step, force=told or step == phase.until)
+            drawing = config.preview.every_steps and step % config.preview.every_steps == 0
+            if saving or drawing:
+                health.check()  # waits for the device, which is no pause
+                with watch.pause():
+                    if drawing:
+                        _preview(task, state, step, workdir, writer)
+                    if saving:
+                        checkpoints.save(step, state, batches.get_state())
             if told and step < config.total_steps:
-                checkpoints.close()
                 writer.close()
-                log.warning("Told to end: saved step %d in %s. The same command goes on from there.", step, workdir)
-                raise Preempted
+                raise Preempted(step, workdir)
     return state, writer
 
 

@@ -2,6 +2,7 @@
 
 import signal
 import threading
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -12,10 +13,11 @@ from unifusion_jax.parallel.hosts import EXIT_PREEMPTED
 
 
 class Preempted(SystemExit):
-    """The run was told to end; its state is saved, and the same command goes on from there. Exit status EXIT_PREEMPTED."""
+    """The run was told to end, and its state is saved. Ends the program with EXIT_PREEMPTED."""
 
-    def __init__(self) -> None:
+    def __init__(self, step: int, workdir: Path):
         super().__init__(EXIT_PREEMPTED)
+        self.message = f"Told to end: saved step {step} in {workdir}. The same command goes on from there."
 
 
 class Preemption:
