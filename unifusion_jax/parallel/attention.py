@@ -44,7 +44,8 @@ def attention(
     `causal` lets query i see keys up to i + `query_offset` (the offset is the cache position when decoding); `window_tokens`
     lets it see only keys less than so many places away; `kv_mask` marks the keys that exist; `mask` is any further
     restriction. All given restrictions must hold. `scale` defaults to E**-0.5; `bias` is added to the scaled products.
-    A query that may see nothing returns an average of values, never NaN; its gradient means nothing. Raises ValueError when A is not a multiple of G.
+    A query that may see nothing returns an average of values, never NaN; its gradient means nothing. Raises ValueError when A
+    is not a multiple of G.
     """
     heads, kv_heads = query.shape[2], key.shape[2]
     if heads % kv_heads:
