@@ -82,7 +82,7 @@ def test_kernels_equal_the_reference(mask, monkeypatch):
 def test_kernels_split_over_samples_queries_and_heads(mask, kernel, monkeypatch):
     monkeypatch.setattr(splash, "_BLOCKS", (128,))
     monkeypatch.setattr(attention_module, "flash_attention", functools.partial(flash_attention, implementation="xla"))
-    monkeypatch.setattr(attention_module, "_cudnn_takes", lambda query: True)
+    monkeypatch.setattr(attention_module, "_cudnn_takes", lambda *_, **__: True)
     case = inputs(mask)
     with compiling_for(make_mesh(MeshConfig(data=2, sequence=2, tensor=2)), kernel=kernel):
         found = both_ways(attention, *case)

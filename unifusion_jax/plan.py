@@ -15,8 +15,9 @@ from ml_collections import config_flags
 
 from unifusion_jax.config import from_mapping
 from unifusion_jax.parallel.chips import described_devices, memory_gib
+from unifusion_jax.training.abstract import sharding_table
 from unifusion_jax.training.config import TrainConfig
-from unifusion_jax.training.planning import DoesNotCompileError, Plan, plan, sharding_table
+from unifusion_jax.training.planning import DoesNotCompileError, Plan, plan
 from unifusion_jax.training.search import cheapest_remat
 
 _CONFIG = config_flags.DEFINE_config_file(

@@ -44,7 +44,8 @@ def attention(
     `causal` lets query i see keys up to i + `query_offset` (the offset is the cache position when decoding); `window_tokens`
     lets it see only keys less than so many places away; `kv_mask` marks the keys that exist; `mask` is any further
     restriction. All given restrictions must hold. `scale` defaults to E**-0.5; `bias` is added to the scaled products.
-    A query that may see nothing returns an average of values, never NaN; its gradient means nothing. Raises ValueError when A is not a multiple of G.
+    A query that may see nothing returns an average of values, never NaN; its gradient means nothing. Raises ValueError when A
+    is not a multiple of G.
     """
     heads, kv_heads = query.shape[2], key.shape[2]
     if heads % kv_heads:
@@ -73,7 +74,7 @@ def attention(
             interpret=aim.device.platform != "tpu",
             shards=shards,
         )
-    if kernel == "cudnn" and _cudnn_takes(query):
+    if kernel == "cudnn" and _cudnn_takes(query, key, ordered=causal or window_tokens is not None):
         return _on_shards(query, key, value, kv_mask, causal, window_tokens, factor, aim.mesh)
     visible = _visible(query.shape[1], key.shape[1], causal, window_tokens, kv_mask, mask, query_offset)
     return jax.nn.dot_product_attention(query, key, value, bias=bias, mask=visible, scale=scale, implementation="xla")
@@ -94,10 +95,12 @@ def _with_heads_for(part: jax.Array, heads: int, mesh: Mesh, spec: PartitionSpec
     return jnp.repeat(part, heads // part.shape[2], axis=2)
 
 
-def _cudnn_takes(query: Float[Array, "B S A E"]) -> bool:
+def _cudnn_takes(query: Float[Array, "B S A E"], key: Float[Array, "B K G E"], *, ordered: bool) -> bool:
     head = query.shape[-1]
     fits = head <= _CUDNN_LARGEST_HEAD and head % _CUDNN_HEAD_MULTIPLE == 0
-    return fits and query.dtype in (jnp.bfloat16, jnp.float16)
+    # An order is told by a bias, whose gradient kernel takes even lengths.
+    even = query.shape[1] % 2 == 0 and key.shape[1] % 2 == 0
+    return fits and (even or not ordered) and query.dtype in (jnp.bfloat16, jnp.float16)
 
 
 def _on_shards(
