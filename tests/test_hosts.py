@@ -169,10 +169,20 @@ def test_what_is_said_of_a_process_that_is_silent_failed_or_done(monkeypatch, be
     board.values["unifusion_jax/beats/1"] = beat
     monkeypatch.setattr(hosts.jax, "process_count", lambda: 2)
     monkeypatch.setattr(hosts.multihost, "get_jax_distributed_client", lambda: board)
-    with hosts.HostWatch(0.5, end=said.append):
+    with hosts.HostWatch(0.5, end=lambda message, status: said.append(message)):
         time.sleep(1.2)
     assert board.values["unifusion_jax/beats/0"] == "done"
     assert re.match(message, said[0]) if message else not said
+
+
+def test_a_process_that_fails_tells_the_others_why_and_exits_with_1(monkeypatch):
+    board, said = Board(), []
+    monkeypatch.setattr(hosts.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(hosts.multihost, "get_jax_distributed_client", lambda: board)
+    with pytest.raises(OSError), hosts.HostWatch(0.5, end=lambda *what: said.append(what)):
+        raise OSError("no space left")
+    assert board.values["unifusion_jax/beats/0"] == "failed: OSError: no space left"
+    assert said == [("OSError: no space left", 1)]
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,7 @@ class HostWatch:
     of one process.
     """
 
-    def __init__(self, timeout_s: float, *, end: Callable[[str], None] | None = None):
+    def __init__(self, timeout_s: float, *, end: Callable[[str, int], None] | None = None):
         self._timeout_s = timeout_s
         self._every_s = min(5.0, timeout_s / 8)
         self._end = end or _end
@@ -158,8 +158,13 @@ class HostWatch:
         self._stopped.set()
         self._thread.join()
         self._tell(f"{_FAILED}{type(error).__name__}: {error}" if failed else _DONE)
-        if failed and self._me == 0:
-            time.sleep(2 * self._every_s)  # the numbers go with this process; the others shall read them first
+        if failed:
+            if self._me == 0:
+                time.sleep(2 * self._every_s)  # the numbers go with this process; the others shall read them first
+            # At a plain exit JAX would wait for the others, who cannot come, and then abort.
+            expected = isinstance(error, ValueError | TypeError | OSError)
+            log.log(logging.DEBUG if expected else logging.ERROR, "Failed.", exc_info=error)
+            self._end(f"{type(error).__name__}: {error}", 1)
 
     def _tell(self, beat: str) -> None:
         assert self._client is not None
@@ -200,17 +205,18 @@ class HostWatch:
             if process == self._me or beat == _DONE:
                 continue
             if beat.startswith(_FAILED):
-                self._end(f"{name} failed, so this process stops: {beat.removeprefix(_FAILED)}")
+                self._end(f"{name} failed, so this process stops: {beat.removeprefix(_FAILED)}", EXIT_LOST_HOST)
             elif silent_s[process] > self._timeout_s:
                 self._end(
                     f"Lost {name}: not heard of for {silent_s[process]:.0f} s. It was killed or preempted, or its network is "
                     "gone. This process stops. Start all of them again with the same command: the run goes on from its "
-                    "newest checkpoint, on any number of hosts."
+                    "newest checkpoint, on any number of hosts.",
+                    EXIT_LOST_HOST,
                 )
 
 
-def _end(message: str) -> None:
-    """Ends the process from a thread: the main one may wait in a collective that never returns."""
+def _end(message: str, status: int) -> None:
+    """Ends the process from any thread: the main one may wait in a collective that never returns."""
     log.critical("%s", message)
     logging.shutdown()
-    os._exit(EXIT_LOST_HOST)
+    os._exit(status)
