@@ -54,24 +54,23 @@ def attend(
     arguments = [query, key, value]
     if exists is not None:
         arguments.append(_padded(exists, block_k).astype(jnp.int32))
-    kernel = _kernel(
-        (query.shape[1], key.shape[1]),
-        query.shape[2],
-        (block_q, block_k),
-        causal,
-        window_tokens,
-        (_ways(shards[0], spec[2]) if shards else 1, ways),
-        interpret,
-    )
     if shards is None:
+        kernel = _kernel(query.shape, key.shape[1], (block_q, block_k), causal, window_tokens, (1, 1), interpret)
         return _run(kernel, *arguments)[:, :tokens]
-    mesh = shards[0]
+    mesh, split = shards[0], (ways, _ways(shards[0], spec[2]))
+    if causal or window_tokens is not None:
+        kernel = _kernel(query.shape, key.shape[1], (block_q, block_k), causal, window_tokens, split, interpret)
+        of_kernel = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(spec[2], spec[1])))
+    else:  # each device's part is like any other (and the library does not split a mask that hides nothing)
+        part = (query.shape[0], query.shape[1] // split[0], query.shape[2] // split[1], query.shape[3])
+        kernel = _kernel(part, key.shape[1], (block_q, block_k), causal, window_tokens, (1, 1), interpret)
+        of_kernel = jax.tree.map(lambda _: PartitionSpec(), kernel)
     of_keys = PartitionSpec(spec[0], None, spec[2])
     specs = [spec, of_keys, of_keys, PartitionSpec(spec[0])][: len(arguments)]
     out = jax.shard_map(
         _run,
         mesh=mesh,
-        in_specs=(kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(spec[2], spec[1]))), *specs),
+        in_specs=(of_kernel, *specs),
         out_specs=spec,
         check_vma=False,  # the kernel does not say over which axes its results vary
     )(kernel, *arguments)
@@ -101,14 +100,15 @@ def _mask(shape: tuple[int, int], causal: bool, window_tokens: int | None) -> ma
 
 
 def _kernel(
-    shape: tuple[int, int],
-    heads: int,
+    query: tuple[int, ...],
+    num_keys: int,
     blocks: tuple[int, int],
     causal: bool,
     window_tokens: int | None,
-    shards: tuple[int, int],
+    split: tuple[int, int],
     interpret: bool,
 ) -> kernels.SplashAttentionKernel:
+    """Makes the kernel for queries of this shape, to be split in so many parts of their tokens and heads."""
     block_q, block_k = blocks
     sizes = kernels.BlockSizes(
         block_q=block_q,
@@ -119,10 +119,10 @@ def _kernel(
         block_kv_dq=block_k,
     )
     return kernels.make_splash_mha(
-        masks.MultiHeadMask([_mask(shape, causal, window_tokens)] * heads),
+        masks.MultiHeadMask([_mask((query[1], num_keys), causal, window_tokens)] * query[2]),
         block_sizes=sizes,
-        head_shards=shards[0],
-        q_seq_shards=shards[1],
+        head_shards=split[1],
+        q_seq_shards=split[0],
         interpret=interpret,
     )
 
