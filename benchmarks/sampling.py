@@ -26,7 +26,8 @@ from processes import in_turn, machine, measure
 CHANNELS = 64
 
 
-def _config(width: int, layers: int, ffn_size: int) -> Any:
+def model_config(width: int, layers: int, ffn_size: int) -> Any:
+    """Returns our model of a size; its conditioning takes states of one layer, 64 wide."""
     from unifusion_jax.conditioning import ConditioningConfig
     from unifusion_jax.dit import DiTConfig
     from unifusion_jax.model import ModelConfig
@@ -35,7 +36,8 @@ def _config(width: int, layers: int, ffn_size: int) -> Any:
     return ModelConfig(1, 64, conditioning, DiTConfig(CHANNELS, layers, width, width // 64, ffn_size))
 
 
-def _dit_parameters(config: Any) -> int:
+def dit_parameters(config: Any) -> int:
+    """Counts the parameters of the DiT alone."""
     import jax
 
     from unifusion_jax.exported import abstract_params
@@ -56,8 +58,7 @@ def ours(
     from unifusion_jax.exported import abstract_params
     from unifusion_jax.flow import SamplingConfig
 
-    one, two = (_dit_parameters(_config(width, layers, ffn)) for ffn in (width, 2 * width))
-    config = _config(width, layers, max(16, round(width * (1 + (parameters - one) / (two - one)))))
+    config = config_of_size(width, layers, parameters)
 
     @jax.jit
     def initialise(key: jax.Array) -> Any:
@@ -92,10 +93,17 @@ def ours(
             times_s.append(time.perf_counter() - start)
         found[name] = min(times_s[1:])
         found.setdefault("compile_s", times_s[0] - found[name])
-    return {**found, "parameters": _dit_parameters(config), "ffn_size": config.dit.ffn_size}
+    return {**found, "parameters": dit_parameters(config), "ffn_size": config.dit.ffn_size}
 
 
-def _flux(width: int, layers: int) -> Any:
+def config_of_size(width: int, layers: int, parameters: int) -> Any:
+    """Returns our model whose DiT has about this many parameters: its feed-forward width is set so."""
+    one, two = (dit_parameters(model_config(width, layers, ffn)) for ffn in (width, 2 * width))
+    return model_config(width, layers, max(16, round(width * (1 + (parameters - one) / (two - one)))))
+
+
+def flux(width: int, layers: int) -> Any:
+    """Returns a Flux transformer with single-stream blocks only."""
     import diffusers
 
     return diffusers.FluxTransformer2DModel(  # pyright: ignore[reportAttributeAccessIssue]
@@ -113,7 +121,7 @@ def theirs(
     import torch
 
     torch.manual_seed(0)
-    transformer = _flux(width, layers).eval()
+    transformer = flux(width, layers).eval()
     with torch.no_grad():
         for parameter in transformer.parameters():
             parameter.normal_(std=0.02)
@@ -141,7 +149,7 @@ def theirs(
 
 def count(width: int, layers: int) -> dict[str, Any]:
     """Counts the parameters of their transformer."""
-    return {"parameters": _flux(width, layers).num_parameters()}
+    return {"parameters": flux(width, layers).num_parameters()}
 
 
 TASKS = {"ours": ours, "theirs": theirs, "count": count}

@@ -1,5 +1,8 @@
 """Time of a training step of a config, without data loading: prints one JSON line.
 
+`median_host_s` is what a step costs the host: handing the batch to the devices and the step to XLA, until Python goes on. It is
+hidden behind the device's work as long as that takes longer.
+
 python benchmarks/train_step.py --config=configs/demo.py
 python benchmarks/train_step.py --config=configs/demo.py --memory=default     (what glibc does by itself, CPU only)
 """
@@ -17,10 +20,7 @@ from unifusion_jax.parallel.host_memory import keep_freed_blocks
 from unifusion_jax.parallel.mesh import make_mesh
 from unifusion_jax.parallel.sharding import global_batch
 from unifusion_jax.training.config import TrainConfig
-from unifusion_jax.training.optimizer import make_optimizer
-from unifusion_jax.training.rng import stream_key
-from unifusion_jax.training.state import create_state, state_shardings
-from unifusion_jax.training.step import make_train_step
+from unifusion_jax.training.program import make_program
 from unifusion_jax.training.tasks import make_task
 
 
@@ -39,28 +39,16 @@ def main() -> None:
     config = from_mapping(TrainConfig, runpy.run_path(file)["get_config"](*([argument] if argument else [])))
     mesh = make_mesh(config.mesh)
     task = make_task(config, mesh)
-    tx = make_optimizer(config.optimizer, config.total_steps)
-    names = ["loss", "grad_norm", *task.metric_names]
-
-    def init(key):
-        return create_state(task.init(key), tx, config.ema_decay > 0, names)
-
-    key = stream_key(config.seed, "init")
-    shardings = state_shardings(jax.eval_shape(init, key), task.param_shardings, mesh)
-    state = jax.jit(init, out_shardings=shardings)(key)
-    step = jax.jit(
-        make_train_step(task.loss, tx, ema_decay=config.ema_decay, seed=config.seed),
-        static_argnums=3,
-        donate_argnums=0,
-        out_shardings=shardings,
-    )
+    program = make_program(task, config, mesh)
+    state = program.first_state(config.seed)
     with task.batches() as batches:
         batch = next(batches)
-    arguments = (task.frozen, global_batch(batch.data, mesh), task.static(batch.bucket))
-    times_s = []
+    times_s, host_s = [], []
     for _ in range(options.steps + 3):
         started = time.perf_counter()
-        state = jax.block_until_ready(step(state, *arguments))
+        state, _ = program.step(state, task.frozen, global_batch(batch.data, mesh), task.static(batch.bucket))
+        host_s.append(time.perf_counter() - started)
+        jax.block_until_ready(state)
         times_s.append(time.perf_counter() - started)
     measured = sorted(times_s[3:])
     usage = resource.getrusage(resource.RUSAGE_SELF)
@@ -73,6 +61,7 @@ def main() -> None:
                 "compile_and_first_step_s": times_s[0],
                 "median_step_s": measured[len(measured) // 2],
                 "best_step_s": measured[0],
+                "median_host_s": sorted(host_s[3:])[options.steps // 2],
                 "images_per_s": config.batch_size / measured[len(measured) // 2],
                 "peak_rss_gib": usage.ru_maxrss / 2**20,
                 "system_share_of_cpu_time": usage.ru_stime / (usage.ru_stime + usage.ru_utime),

@@ -13,15 +13,17 @@ The paper gives the batch of 1024, the layers, the shares of the tasks and about
 import ml_collections
 
 from unifusion_jax.config import to_config_dict
+from unifusion_jax.dit import DiTConfig
 from unifusion_jax.training.config import TrainConfig
 
 
 def get_config(stage: str = "base") -> ml_collections.ConfigDict:
-    """Returns the configuration; `stage` is "base" or "edit"."""
-    if stage not in ("base", "edit"):
-        raise ValueError(f"configs/final.py takes 'base' or 'edit', got {stage!r}.")
-    base = stage == "base"
-    config = to_config_dict(TrainConfig())  # the sizes of the final model are the defaults
+    """Returns the configuration; `stage` is "base", "edit", or "5b": the base stage with the ablations' 5B DiT."""
+    if stage not in ("base", "edit", "5b"):
+        raise ValueError(f"configs/final.py takes 'base', 'edit' or '5b', got {stage!r}.")
+    base = stage != "edit"
+    # The sizes of the final model are the defaults.
+    config = to_config_dict(TrainConfig(dit=DiTConfig.dit_5b()) if stage == "5b" else TrainConfig())
     config.encoder.path = "OpenGVLab/InternVL3-8B"
     config.autoencoder.path = "black-forest-labs/FLUX.2-dev"
     config.autoencoder.dtype = "bfloat16"

@@ -1,4 +1,4 @@
-"""The benchmarks of inference at toy sizes: both sides compute the same, or are of one size."""
+"""The benchmarks at toy sizes: both sides compute the same, or are of one size."""
 
 import sys
 
@@ -6,8 +6,11 @@ import pytest
 
 sys.path.insert(0, "benchmarks")
 
+import checkpointing
 import decode
+import input_pipeline
 import sampling
+import training
 import verifi
 
 
@@ -37,3 +40,28 @@ def test_both_transformers_are_of_one_size():
     ours = sampling.ours(**size, **case, parameters=sampling.count(**size)["parameters"])
     assert ours["parameters"] == pytest.approx(theirs["parameters"], rel=0.02)
     assert min(ours["time_s"], ours["chunked_s"], theirs["time_s"]) > 0
+
+
+def test_both_training_steps_are_of_one_size():
+    size = {"width": 64, "layers": 2}
+    case = {"side": 3, "condition_tokens": 5, "batch": 2, "steps": 1, "repeats": 1}
+    theirs = training.theirs(**size, **case, device="cpu", compiled=False)
+    ours = training.ours(**size, **case, **training.count(**size), dtype="float32", remat="none")
+    assert ours["parameters"] == pytest.approx(theirs["parameters"], rel=0.05)
+    assert min(ours["time_s"], ours["host_s"], theirs["time_s"]) > 0 and ours["mfu"] is None
+
+
+def test_the_input_is_read_once_by_both_sides(tmp_path):
+    case = {"folder": str(tmp_path), "images": 6, "size_px": 64}
+    assert input_pipeline.make(**case)["bytes"] > 6_000
+    ours = input_pipeline.rows(**case, batch=4, repeats=1)
+    theirs = input_pipeline.pil(**case, repeats=1)
+    assert min(ours["images_per_s"], theirs["images_per_s"]) > 0
+
+
+def test_a_state_is_saved_and_restored_beside_a_plain_copy(tmp_path):
+    case = {"folder": str(tmp_path), "gb": 0.002, "repeats": 1}
+    ours, plain = checkpointing.ours(**case), checkpointing.plain(**case)
+    assert ours["bytes"] == pytest.approx(plain["bytes"], rel=0.05)
+    assert 0 < ours["stall_s"] <= ours["save_s"] and min(ours["restore_s"], plain["save_s"]) > 0
+    assert not list(tmp_path.iterdir())

@@ -43,19 +43,21 @@ def test_a_run_killed_at_any_time_and_restarted_logs_the_same_losses(trained, fr
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "status", "message"),
     [
-        (["--config.batch_sise=4"], "batch_sise"),
-        (["--config.batch_size=four"], "four"),
-        (["--config.optimizer.learning_rate=-1"], "optimizer.learning_rate and clip_norm must be positive, got -1.0"),
-        (["--config.encoder.path=/no/such"], "No folder '/no/such'"),
-        (["surplus"], "Unexpected argument 'surplus'"),
+        (["--config.batch_sise=4"], 2, "config has no key 'batch_sise'. Did you mean config.batch_size? Known keys: "),
+        (["--config.seed.x=4"], 2, "--config.seed.x cannot be set: config.seed is a value without keys."),
+        (["--config.batch_size=four"], 1, "four"),
+        (["--config.optimizer.learning_rate=-1"], 1, "learning_rate and clip_norm must be positive, got -1.0"),
+        (["--config.encoder.path=/no/such"], 1, "No folder '/no/such'"),
+        (["--num_processes=2"], 1, "--coordinator and --process_id missing"),
+        (["surplus"], 1, "Unexpected argument 'surplus'"),
     ],
 )
-def test_train_refuses_with_a_message_and_a_status(frozen, tmp_path, arguments, message):
+def test_train_refuses_with_a_message_and_a_status(frozen, tmp_path, arguments, status, message):
     done = call("train", f"--config={CONFIG}:{frozen}", f"--workdir={tmp_path / 'run'}", *arguments)
-    assert done.returncode != 0
-    assert message in done.stderr
+    assert done.returncode == status
+    assert message in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
 
 

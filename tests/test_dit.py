@@ -14,6 +14,7 @@ from unifusion_jax.parallel import attention as attention_module
 from unifusion_jax.parallel.attention import few_token_attention
 from unifusion_jax.parallel.mesh import MeshConfig, make_mesh
 from unifusion_jax.parallel.sharding import param_shardings
+from unifusion_jax.parallel.target import compiling_for
 
 TINY = DiTConfig(latent_channels=4, num_layers=2, hidden_size=32, num_heads=2, ffn_size=48, time_features=16)
 MODEL = ModelConfig(3, 16, ConditioningConfig(lap_heads=2, refiner_heads=2), TINY)
@@ -181,8 +182,7 @@ def test_attention_over_few_tokens_equals_the_general_one(layers):
     parts = [jax.random.normal(jax.random.key(seed), (6, layers, 3, 8)) for seed in range(3)]
 
     def both_ways(function):
-        loss = jax.value_and_grad(lambda *parts: jnp.sum(jnp.sin(function(*parts))), argnums=(0, 1, 2))
-        return jax.jit(loss)(*parts)
+        return jax.value_and_grad(lambda *parts: jnp.sum(jnp.sin(function(*parts))), argnums=(0, 1, 2))(*parts)
 
     few, general = both_ways(few_token_attention), both_ways(jax.nn.dot_product_attention)
     np.testing.assert_allclose(few[0], general[0], rtol=1e-5)
@@ -193,14 +193,12 @@ def test_attention_over_few_tokens_equals_the_general_one(layers):
 def test_lap_is_the_same_by_either_attention(monkeypatch):
     lap = randomised(LAP(LAPConfig(4, 16, 2, 32), rngs=nnx.Rngs(0)))
     states = jax.random.normal(jax.random.key(0), (2, 5, 4, 16))
-    monkeypatch.setattr(attention_module, "FEW_TOKENS", 4)
-    fast = lap(states)
-    general = attention_module.attention
+    with compiling_for(few_tokens=4):
+        fast = lap(states)
     calls = []
     monkeypatch.setattr(attention_module, "few_token_attention", lambda query, *_, **options: calls.append(1) or query)
-    monkeypatch.setattr(attention_module, "FEW_TOKENS", 0)
     np.testing.assert_allclose(lap(states), fast, atol=1e-5)
-    assert not calls
-    monkeypatch.setattr(attention_module, "FEW_TOKENS", 4)
-    general(*[jnp.ones((1, 4, 1, 2))] * 3)
+    assert not calls  # on CPU it takes matrix products
+    with compiling_for(few_tokens=4):
+        attention_module.attention(*[jnp.ones((1, 4, 1, 2))] * 3)
     assert len(calls) == 1  # what LAP calls does take the other way

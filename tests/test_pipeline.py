@@ -184,6 +184,6 @@ def test_a_checkpoint_without_an_average_gives_its_weights(model, tmp_path):
     write_config(tmp_path, to_json(config))
     state = create_state(model.params, make_optimizer(config.optimizer, config.total_steps), False, ["loss"])
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.maybe_save(1, state, {"next_step": 1}, force=True)
+    checkpoints.save(1, state, {"next_step": 1})
     checkpoints.close()
     jax.tree.map(np.testing.assert_array_equal, UniFusion.load(tmp_path).params, model.params)

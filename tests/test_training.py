@@ -15,7 +15,8 @@ from unifusion_jax.pipeline import UniFusion
 from unifusion_jax.train import run
 from unifusion_jax.training.checkpoints import Checkpoints
 from unifusion_jax.training.config import TrainConfig
-from unifusion_jax.training.loop import NonFiniteError, fit
+from unifusion_jax.training.health import NonFiniteError
+from unifusion_jax.training.loop import fit
 from unifusion_jax.training.tasks import make_task
 
 

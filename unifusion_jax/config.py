@@ -3,14 +3,57 @@
 import dataclasses
 import difflib
 import json
+import sys
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import ml_collections
+from absl import app, flags
+from ml_collections import config_flags
 
 T = TypeVar("T")
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parses a command line for `absl.app.run`; a `--config.key` that does not exist ends in one line and exit status 2."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (KeyError, AttributeError, TypeError):
+        problems = _misspelt(argv)
+        if not problems:
+            raise
+        sys.stderr.writelines(f"--{key} cannot be set: {problem}\n" for key, problem in problems.items())
+        sys.exit(2)
+
+
+def _misspelt(argv: list[str]) -> dict[str, str]:
+    """Looks for the keys of a command line in its config file, read without them; returns what is wrong with which."""
+    words = [word.lstrip("-") for word in argv if word.startswith("-")]
+    files = [word.removeprefix("config=") for word in words if word.startswith("config=")]
+    if not files:
+        return {}
+    alone = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=alone, sys_argv=[])
+    alone([argv[0], f"--config={files[-1]}"])
+    keys = [word.partition("=")[0] for word in words if word.startswith("config.")]
+    problems = {key: _unknown(alone["config"].value, key) for key in keys}
+    return {key: problem for key, problem in problems.items() if problem}
+
+
+def _unknown(values: Any, key: str) -> str | None:
+    """Says which part of a dotted key is not there, and which are near; None where all are."""
+    where = "config"
+    for part in key.split(".")[1:]:
+        if not isinstance(values, Mapping | ml_collections.ConfigDict):
+            return f"{where} is a value without keys."
+        if part not in values:
+            near = difflib.get_close_matches(part, list(values), 3)
+            hint = f"Did you mean {' or '.join(f'{where}.{name}' for name in near)}? " if near else ""
+            return f"{where} has no key {part!r}. {hint}Known keys: {', '.join(sorted(values))}."
+        values, where = values[part], f"{where}.{part}"
+    return None
 
 
 def to_config_dict(config: Any) -> Any:

@@ -34,7 +34,7 @@ def load_frozen(config: TrainConfig, mesh: Mesh | None = None) -> tuple[Encoder,
         raise ValueError(
             f"{chosen.path} has no system turn, but encoder.system_prompts={chosen.system_prompts!r}: set 'none'."
         )
-    selection = _selection(config, sizes)
+    selection = selection_of(config, sizes)
     encoder = encoders.load(
         chosen.path,
         layers=selection.layers,
@@ -46,7 +46,8 @@ def load_frozen(config: TrainConfig, mesh: Mesh | None = None) -> tuple[Encoder,
     return encoder, autoencoders.load(config.autoencoder.path, dtype=config.autoencoder.dtype, mesh=mesh)
 
 
-def _selection(config: TrainConfig, sizes: Any) -> Selection:
+def selection_of(config: TrainConfig, sizes: Any) -> Selection:
+    """Returns which layers the encoder of a training config exports, and what of them."""
     return config.conditioning.select(config.encoder.layers, sizes.num_layers, config.dit.num_layers)
 
 
@@ -55,7 +56,7 @@ def model_config_of(config: TrainConfig, sizes: Any) -> ModelConfig:
 
     Raises ValueError, naming the dimension and what would fit, where the strategy cannot connect encoder and DiT.
     """
-    selection = _selection(config, sizes)
+    selection = selection_of(config, sizes)
     return ModelConfig(
         len(selection.layers),
         encoders.exported_size(sizes, selection.form),

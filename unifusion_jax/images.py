@@ -13,6 +13,7 @@ import PIL.PngImagePlugin
 from jaxtyping import Array, Float
 
 from unifusion_jax.data.images import MAX_PIXELS, ImageError, decode
+from unifusion_jax.parallel.hosts import to_host
 
 _SETTINGS = "unifusion_jax"
 _EXIF_DESCRIPTION = 0x010E
@@ -25,7 +26,7 @@ def to_float(images: Any) -> Float[Array, "*batch h w 3"]:
 
 def to_pil(images: Any) -> list[PIL.Image.Image]:
     """Returns a batch [B, h, w, 3], uint8 or float in [-1, 1] (clipped), as PIL images."""
-    array = np.asarray(images)
+    array = to_host(images)
     if array.dtype != np.uint8:
         array = np.clip(np.round((array.astype(np.float32) + 1.0) * 127.5), 0, 255).astype(np.uint8)
     return [PIL.Image.fromarray(image) for image in array]

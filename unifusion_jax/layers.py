@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, PyTree
 
 Axes = tuple[str | None, ...]
@@ -48,6 +49,8 @@ def pytree(cls: _Class) -> _Class:
     return cls
 
 
+# Name, for policies of `jax.checkpoint`, of what enters a block that is computed again in the backward pass.
+BLOCK_INPUT = "block_input"
 _LARGEST_CUT_BYTES = 4 << 30
 _ZEROS = nnx.initializers.zeros_init()
 _KERNEL_INIT = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
@@ -330,6 +333,8 @@ class Stack(nnx.Module):
 
         def body(carry: PyTree, inputs: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
             layer_params, x = inputs
+            if remat:
+                carry = jax.tree.map(lambda leaf: checkpoint_name(leaf, BLOCK_INPUT), carry)
             return apply(nnx.merge(graphdef, layer_params), carry, x)
 
         return jax.lax.scan(remat(body) if remat else body, carry, (params, xs), length=length)

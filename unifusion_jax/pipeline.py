@@ -72,7 +72,7 @@ class UniFusion:
         folder = weights.resolve(BUNDLED_CHECKPOINT if checkpoint is None else checkpoint)
         if (folder / "checkpoints").is_dir():
             config = from_mapping(TrainConfig, weights.read_json(folder / "config.json"), f"{folder}/config.json")
-            checkpoints = Checkpoints(folder)
+            checkpoints = Checkpoints(folder, read_only=True)
             config = config_at(config, checkpoints.latest_step() or 0)
             encoder, autoencoder = load_frozen(config)
             model_config = model_config_of(config, encoder.config)

@@ -19,6 +19,7 @@ from unifusion_jax.dit import Condition
 from unifusion_jax.encoders.batch import LayerStates
 from unifusion_jax.flow import SamplingConfig, guided, integrate, is_first
 from unifusion_jax.model import ModelConfig, UniFusionModel
+from unifusion_jax.parallel.hosts import to_host
 
 # Lengths are padded to a multiple of this, so that few are compiled.
 STEP_TOKENS = 32
@@ -33,7 +34,7 @@ def padded(states: LayerStates, tokens: int) -> LayerStates:
     """Returns the states on the host, with room for `tokens` tokens a row; what does not fit must be padding."""
 
     def fit(leaf: Any) -> np.ndarray:
-        leaf = np.asarray(leaf)[:, :tokens]
+        leaf = to_host(leaf)[:, :tokens]
         return np.pad(leaf, [(0, 0), (0, tokens - leaf.shape[1])] + [(0, 0)] * (leaf.ndim - 2))
 
     return jax.tree.map(fit, states)

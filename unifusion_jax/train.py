@@ -1,7 +1,10 @@
 """Trains a model: `python -m unifusion_jax.train --config=configs/demo.py --workdir=runs/demo`.
 
 Any key of the config can be set on the command line, e.g. `--config.batch_size=64 --config.optimizer.learning_rate=3e-4`.
-Restarting with the same --workdir resumes from its newest checkpoint.
+Restarting with the same --workdir resumes from its newest checkpoint. With many hosts, every one runs the same command on a
+workdir that all of them see; docs/launch.md says how.
+
+Exit status: 0 done; 1 failed; 2 wrong command line; 75 told to end (SIGTERM) and saved; 76 another host was lost or failed.
 """
 
 import json
@@ -15,14 +18,17 @@ from absl import app, flags
 from clu import parameter_overview
 from ml_collections import config_flags
 
-from unifusion_jax.config import from_mapping, to_json
+from unifusion_jax.config import from_mapping, parse_flags, to_json
 from unifusion_jax.parallel.host_memory import cpu_expected, keep_freed_blocks
+from unifusion_jax.parallel.hosts import HostWatch, connect, to_host
 from unifusion_jax.parallel.mesh import make_mesh
 from unifusion_jax.training.checkpoints import check_config, latest_step, write_config
 from unifusion_jax.training.config import TrainConfig
-from unifusion_jax.training.loop import NonFiniteError, fit
+from unifusion_jax.training.health import NonFiniteError
+from unifusion_jax.training.loop import fit
 from unifusion_jax.training.metrics import MetricWriter
 from unifusion_jax.training.phases import phases
+from unifusion_jax.training.preemption import Preempted
 from unifusion_jax.training.state import TrainState
 from unifusion_jax.training.task import Task
 from unifusion_jax.training.tasks import make_task, parameter_shapes
@@ -30,9 +36,11 @@ from unifusion_jax.training.tasks import make_task, parameter_shapes
 _CONFIG = config_flags.DEFINE_config_file(
     "config", help_string="File with a get_config function, e.g. configs/demo.py."
 )
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder for checkpoints, metrics.jsonl, samples/ and the exported model."
-)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics, samples and the exported model.")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0; clusters tell it by themselves.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the run; 1 joins no others.", lower_bound=1)
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, from 0.", lower_bound=0)
+_LOST_AFTER = flags.DEFINE_integer("lost_host_after_s", 100, "Silence after which a host is lost.", lower_bound=2)
 
 log = logging.getLogger("unifusion_jax")
 
@@ -44,7 +52,9 @@ def run(config: TrainConfig, workdir: Path) -> dict[str, float]:
     task, state, writer = _train(config, workdir)
     trained_s = time.perf_counter() - started
     params = state.inference_params
-    task.export(params, workdir / "export")
+    whole = to_host(params)
+    if jax.process_index() == 0:
+        task.export(whole, workdir / "export")
     scores = task.evaluate(params)
     writer.write(config.total_steps, {f"evaluation/{name}": value for name, value in scores.items()})
     writer.close()
@@ -91,12 +101,18 @@ def main(argv: list[str]) -> None:
     if cpu_expected():
         keep_freed_blocks()
     try:
-        run(from_mapping(TrainConfig, _CONFIG.value), Path(_WORKDIR.value).expanduser())
-    except (ValueError, TypeError, FileNotFoundError, NonFiniteError) as error:
+        config = from_mapping(TrainConfig, _CONFIG.value)
+        connect(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, timeout_s=_LOST_AFTER.value)
+        with HostWatch(_LOST_AFTER.value):
+            run(config, Path(_WORKDIR.value).expanduser())
+    except Preempted as told:
+        log.warning("%s", told.message)
+        raise
+    except (ValueError, TypeError, OSError, NonFiniteError) as error:
         log.debug("Failed.", exc_info=True)
         sys.exit(f"{type(error).__name__}: {error}")
 
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

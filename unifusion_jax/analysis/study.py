@@ -4,6 +4,7 @@ A run is a training of its own workdir, so an interrupted study goes on where it
 """
 
 import dataclasses
+import functools
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -33,6 +34,7 @@ from unifusion_jax.training import ablations
 from unifusion_jax.training.config import EncoderRef, FirstPhase, TrainConfig
 from unifusion_jax.training.presets import SHAPES_BUDGETS
 from unifusion_jax.training.rng import stream_key
+from unifusion_jax.training.state import Params
 from unifusion_jax.training.tasks import make_task
 from unifusion_jax.verifi import SYSTEM_PROMPTS, prompt_of
 
@@ -212,13 +214,17 @@ def held_out_loss(config: TrainConfig, model: UniFusion, batches: int) -> float:
     fixed = dataclasses.replace(config, data=data, flow=flow, seed=0, init_from="", first=FirstPhase())
     mesh = make_mesh(config.mesh)
     task: Any = make_task(fixed, mesh)
-    loss = jax.jit(task.loss, static_argnums=4)
+
+    @functools.partial(jax.jit, static_argnums=4)
+    def loss(params: Params, frozen: Any, batch: Any, key: jax.Array, static: Any) -> jax.Array:
+        return task.loss(params, frozen, batch, task.draw(batch, key, static), static)[0]
+
     found = []
     with task.batches() as stream:
         for step in range(batches):
             batch = next(stream)
             key = stream_key(0, "study", step)
-            value, _ = loss(model.params, task.frozen, global_batch(batch.data, mesh), key, task.static(batch.bucket))
+            value = loss(model.params, task.frozen, global_batch(batch.data, mesh), key, task.static(batch.bucket))
             found.append(float(value))
     return float(np.mean(found))
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from unifusion_jax import weights
@@ -22,6 +22,7 @@ from unifusion_jax.autoencoders.latents import LatentConfig, LatentModule
 from unifusion_jax.autoencoders.tiling import decode_within
 from unifusion_jax.autoencoders.wan_config import AutoencoderKLWanConfig
 from unifusion_jax.layers import ShapesOnly
+from unifusion_jax.parallel.sharding import param_shardings
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
@@ -46,7 +47,7 @@ class Autoencoder:
         self.config = config
         self.params = params
         self.dtype = jnp.dtype(dtype)
-        self.graphdef = nnx.graphdef(_abstract_module(config, self.dtype))
+        self.graphdef = nnx.graphdef(abstract_autoencoder(config, self.dtype))
 
     @classmethod
     def create(cls, config: LatentConfig, seed: int = 0) -> "Autoencoder":
@@ -194,7 +195,7 @@ def load(
         diffusers, old or new, and those of an AutoencoderKL also as in the original LDM, FLUX.1 and FLUX.2 files. Of the
         video autoencoders Wan and Qwen-Image, what acts on still images is taken.
       dtype: type of the weights and activations.
-      mesh: the weights are copied to each of its devices; None for the default device.
+      mesh: the weights are spread over its devices where their channels divide; None for the default device.
       pack: side of the squares of z cells that make one latent cell, 1 or 2. By default what config.json says (a key of
         ours), else 2 where it brings the compression from 8 to 16.
 
@@ -206,10 +207,9 @@ def load(
     config = read_config(folder, pack=pack)
     family = family_of(config)
     dtype = jnp.dtype(dtype)
-    abstract = nnx.to_pure_dict(nnx.state(_abstract_module(config, dtype)))
-    shardings = None
-    if mesh is not None:  # small beside what is trained, and convolutions would gather it anyway: a copy per device
-        shardings = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), abstract)
+    abstract = nnx.to_pure_dict(nnx.state(abstract_autoencoder(config, dtype)))
+    # Each convolution gathers its kernel when it runs; what no axis divides is small.
+    shardings = None if mesh is None else param_shardings(abstract_autoencoder(config, dtype), mesh)
     params = weights.load(
         abstract,
         weights.SafetensorsFolder(folder),
@@ -235,7 +235,8 @@ def _decode(
 
 
 @functools.cache
-def _abstract_module(config: LatentConfig, dtype: Any) -> LatentModule:
+def abstract_autoencoder(config: LatentConfig, dtype: Any) -> LatentModule:
+    """Returns the network with shapes in the place of parameters."""
     # Latent statistics stay float32: they are 128 numbers, and bfloat16 would shift every latent.
     module = family_of(config).module
     return nnx.eval_shape(lambda: module(config, dtype=dtype, param_dtype=dtype, rngs=ShapesOnly()))

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from unifusion_jax.dit.blocks import Block
 from unifusion_jax.layers import Remat, RMSNorm, Stack, linear, with_axes
+from unifusion_jax.parallel.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +93,7 @@ class LAP(nnx.Module):
             x = x + self.layer_embedding[...].astype(self.dtype)
 
         def run(block: Block, x: jax.Array, _: None) -> tuple[jax.Array, None]:
-            return block(x), None
+            return constrain(block(x), "rows", None, None), None
 
-        x, _ = self.blocks.scan(run, x, remat=remat)
+        x, _ = self.blocks.scan(run, constrain(x, "rows", None, None), remat=remat)
         return self.pool(x.swapaxes(1, 2))[..., 0].reshape(batch, tokens, width)

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float
 from unifusion_jax.dit.blocks import Block
 from unifusion_jax.dit.rope import RopeConfig, rope_table, sequence_positions
 from unifusion_jax.layers import Remat, Stack
+from unifusion_jax.parallel.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +64,6 @@ class Refiner(nnx.Module):
         rope = rope_table(sequence_positions(x.shape[1]), self.config.rope)
 
         def run(block: Block, x: jax.Array, _: None) -> tuple[jax.Array, None]:
-            return block(x, mask=mask, rope=rope), None
+            return constrain(block(x, mask=mask, rope=rope), "batch", "length", None), None
 
-        return self.blocks.scan(run, x, remat=remat)[0]
+        return self.blocks.scan(run, constrain(x, "batch", "length", None), remat=remat)[0]

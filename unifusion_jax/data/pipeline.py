@@ -8,6 +8,7 @@ exactly.
 import concurrent.futures
 import dataclasses
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -62,24 +63,17 @@ class BatchLoader:
     mixture: Mixture
     batch_size: int
     seed: int
-    process_index: int
-    process_count: int
+    rows: Sequence[int]
     build_row: BuildRow
     collate: Collate
     repeat: int | None
     read_threads: int
 
     def __post_init__(self):
-        if self.batch_size < 1 or self.process_count < 1 or not 0 <= self.process_index < self.process_count:
-            raise ValueError(
-                f"expected batch_size >= 1 and 0 <= process_index < process_count, got batch_size={self.batch_size}, "
-                f"process_index={self.process_index}, process_count={self.process_count}"
-            )
-        if self.batch_size % self.process_count:
-            raise ValueError(
-                f"batch_size counts the rows of all hosts together: {self.batch_size} rows cannot be shared equally by "
-                f"{self.process_count} hosts; use a multiple of {self.process_count}"
-            )
+        if self.batch_size < 1:
+            raise ValueError(f"expected batch_size >= 1, got {self.batch_size}")
+        if not self.rows or min(self.rows) < 0 or max(self.rows) >= self.batch_size:
+            raise ValueError(f"a host's rows lie in the global batch, [0, {self.batch_size}), got {list(self.rows)}")
         streams = self.mixture.streams
         if self.repeat is None:
             self.schedule: Schedule | EpochSchedule = Schedule([stream.weight for stream in streams], self.seed)
@@ -110,10 +104,9 @@ class BatchLoader:
         stream = self.mixture.streams[number]
         count = len(stream.indices)
         seed = fold(self.seed, "shuffle", stream.name)
-        rows = self.batch_size // self.process_count
-        first = occurrence * self.batch_size + self.process_index * rows
-        last = count * self.repeat - 1 if self.repeat is not None else first + rows
-        positions = range(first, first + rows)
+        first = occurrence * self.batch_size
+        last = count * self.repeat - 1 if self.repeat is not None else first + self.batch_size
+        positions = [first + row for row in self.rows]
         indices = [int(stream.indices[shuffled(min(position, last), count, seed)]) for position in positions]
         return stream, indices, [position <= last for position in positions]
 
@@ -281,8 +274,7 @@ def make_batches(
     seed: int,
     build_row: BuildRow,
     collate: Collate,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
     start_step: int = 0,
     repeat: int | None = None,
     num_workers: int = 0,
@@ -298,8 +290,7 @@ def make_batches(
       build_row: (record with uint8 arrays, bucket) -> row: tiling and tokenising. Called in threads, and with
         `num_workers` in other processes (then it must be picklable).
       collate: (rows of this host, bucket) -> NumPy pytree.
-      process_index: this host; with b = batch_size / process_count it loads rows [process_index * b, ... + b).
-      process_count: number of hosts.
+      rows: which rows of the global batch this host loads, see `parallel.sharding.host_rows`; None for all.
       start_step: the first global batch.
       repeat: None: endless, streams by their weights. A number: every record exactly that often, weights unused; each
         stream's last batch is filled up and says so in `is_real`; then the iterator ends.
@@ -311,15 +302,16 @@ def make_batches(
       ValueError: sizes that do not fit together.
     """
     threads = read_threads or min(16, os.cpu_count() or 1)
-    loader = BatchLoader(
-        mixture, batch_size, seed, process_index, process_count, build_row, collate, repeat, read_threads=threads
-    )
+    rows = range(batch_size) if rows is None else rows
+    loader = BatchLoader(mixture, batch_size, seed, rows, build_row, collate, repeat, read_threads=threads)
     return BatchIterator(loader, start_step=start_step, num_workers=num_workers, prefetch_batches=prefetch_batches)
 
 
 def _init_worker(worker: int, workers: int) -> None:
     # A worker that happens to use JAX must not reach for the accelerator that the trainer holds.
     os.environ["JAX_PLATFORMS"] = "cpu"
+    # Schedulers announce the end to every process of a job. The trainer then still needs its batches, and ends the workers.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _owned(leaf: Any) -> Any:

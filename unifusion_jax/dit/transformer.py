@@ -12,6 +12,7 @@ from unifusion_jax.dit.blocks import Block, modulate
 from unifusion_jax.dit.condition import BlockCondition, Condition
 from unifusion_jax.dit.rope import RopeConfig, joint_positions, rope_table
 from unifusion_jax.layers import Remat, RMSNorm, Stack, linear, with_axes
+from unifusion_jax.parallel.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +126,7 @@ class DiT(nnx.Module):
         tokens = self.patch_in(patchify(latents, patch).astype(self.dtype))
         num_condition = condition.tokens.shape[1]
         x = jnp.concatenate([condition.tokens.astype(self.dtype), tokens], axis=1)
+        x = constrain(x, "batch", "length", None)
         masks = [condition.mask, jnp.ones((batch, rows * columns), bool)]
         if condition.kv_mask is not None:
             masks = [condition.kv_mask, *masks]
@@ -136,7 +138,7 @@ class DiT(nnx.Module):
         shared = self.time_modulation(time).reshape(batch, 6, -1)
 
         def run(block: "ModulatedBlock", x: Array, own: BlockCondition) -> tuple[Array, None]:
-            return block(x, mask, rope, shared, own), None
+            return constrain(block(x, mask, rope, shared, own), "batch", "length", None), None
 
         x, _ = self.blocks.scan(run, x, condition.by_block(), remat=remat)
         shift, scale = jnp.split(self.out_modulation(time)[:, None], 2, axis=-1)

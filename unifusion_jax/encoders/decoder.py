@@ -19,6 +19,7 @@ from unifusion_jax import layers as nn
 from unifusion_jax.encoders.batch import AnyArray, pytree
 from unifusion_jax.encoders.decoder_config import ACTIVATIONS, DecoderConfig
 from unifusion_jax.parallel.attention import attention
+from unifusion_jax.parallel.sharding import constrain
 
 __all__ = ["Decoder", "DecoderConfig", "KVCache", "Positions", "token_positions"]
 
@@ -268,11 +269,13 @@ class Decoder(nnx.Module):
         order = token_positions(mask)
         ropes = self._ropes(order if positions is None else positions)
         context = Context(*ropes, order, order, mask, query_images=images, key_images=images)
+        embeddings = constrain(embeddings, "batch", "length", None)
         slots, buffer = export_slots(embeddings, layers, keep_index)
+        buffer = constrain(buffer, None, "batch", "length", None)
 
         def apply(block: Block, carry: tuple, inputs: tuple) -> tuple[tuple, None]:
             (x, buffer), (slot, sliding) = carry, inputs
-            x = block(x, context, sliding)
+            x = constrain(block(x, context, sliding), "batch", "length", None)
             return (x, buffer.at[slot].set(gather_kept(x, keep_index))), None
 
         depth = max(layers)

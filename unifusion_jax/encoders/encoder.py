@@ -24,6 +24,7 @@ from unifusion_jax.encoders.lm_loss import next_token_loss
 from unifusion_jax.encoders.processor import Processor
 from unifusion_jax.encoders.tiling import TilingConfig
 from unifusion_jax.layers import ShapesOnly
+from unifusion_jax.parallel.hosts import to_host
 from unifusion_jax.parallel.sharding import batch_sharding
 from unifusion_jax.prompt import Prompt
 
@@ -235,6 +236,7 @@ class Encoder:
             image_tokens=int(batch.is_image.sum(axis=1).max()),
             max_new_tokens=max_new_tokens,
         )
+        decoded = to_host(decoded)
         lengths = np.asarray(decoded.lengths)
         token_ids = [ids[:length].tolist() for ids, length in zip(np.asarray(decoded.token_ids), lengths, strict=True)]
         kept = max(1, int((lengths + batch.is_image.sum(axis=1)).max()))

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from unifusion_jax import layers as nn
 from unifusion_jax.encoders.decoder_config import ACTIVATIONS
 from unifusion_jax.parallel.attention import attention
+from unifusion_jax.parallel.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +201,8 @@ class VisionTower(nnx.Module):
             cls = jnp.broadcast_to(self.cls[...], (x.shape[0], 1, x.shape[-1])).astype(x.dtype)
             x = jnp.concatenate([cls, x], axis=1)
         x = x + self.positions[...]
-        x, _ = self.layers.scan(lambda block, x, _: (block(x), None), x, remat=remat)
+        x = constrain(x, "batch", None, None)
+        x, _ = self.layers.scan(lambda block, x, _: (constrain(block(x), "batch", None, None), None), x, remat=remat)
         return self.norm(x) if self.config.final_norm else x
 
 

@@ -1,16 +1,29 @@
 """The one attention function: every network calls it, and kernels are chosen here.
 
+Whole sequences go to the kernel of the platform that is compiled for (`unifusion_jax.parallel.target`): splash attention on
+TPU, cuDNN's flash attention on NVIDIA GPUs, XLA's own operations on CPU. What the kernels do not serve (a bias, an arbitrary
+mask, decoding into a cache, a few tokens) is done with XLA's operations everywhere.
+
+On a mesh a kernel works on each device's samples, heads and, where there is a "sequence" axis, queries; keys and values are
+gathered along that axis, and their gradients are summed over it.
+
 Letters: B batch, S queries, K keys, A query heads, G key-value heads, E head dimension.
 """
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-# Up to this many tokens a row, of which there are then many, attention is done without matrix products. None leaves it to the
-# platform: 32 on accelerators; 0 on a CPU, which has no matrix units to idle (a step of the demo takes 0.40 s with it, 0.365 s
-# without).
-FEW_TOKENS: int | None = None
+from unifusion_jax.parallel import target
+from unifusion_jax.parallel.sharding import activation_spec
+
+# cuDNN's flash attention takes these heads, in 16-bit types.
+_CUDNN_LARGEST_HEAD, _CUDNN_HEAD_MULTIPLE = 128, 8
+# Shorter sequences fill no block of a kernel.
+_LEAST_KERNEL_TOKENS = 128
 
 
 def attention(
@@ -19,6 +32,7 @@ def attention(
     value: Float[Array, "B K G E"],
     *,
     causal: bool = False,
+    window_tokens: int | None = None,
     kv_mask: Bool[Array, "B K"] | None = None,
     mask: Bool[Array, "B S K"] | None = None,
     bias: Float[Array, "#B A S K"] | None = None,
@@ -27,25 +41,135 @@ def attention(
 ) -> Float[Array, "B S A E"]:
     """Scaled dot-product attention with grouped key-value heads; the softmax runs in float32.
 
-    `causal` lets query i see keys up to i + `query_offset` (the offset is the cache position when decoding); `kv_mask` marks
-    the keys that exist; `mask` is any further restriction. All given restrictions must hold. `scale` defaults to E**-0.5;
-    `bias` is added to the scaled products.
-    A query that may see nothing returns the mean of the values, never NaN. Raises ValueError when A is not a multiple of G.
+    `causal` lets query i see keys up to i + `query_offset` (the offset is the cache position when decoding); `window_tokens`
+    lets it see only keys less than so many places away; `kv_mask` marks the keys that exist; `mask` is any further
+    restriction. All given restrictions must hold. `scale` defaults to E**-0.5; `bias` is added to the scaled products.
+    A query that may see nothing returns an average of values, never NaN; its gradient means nothing. Raises ValueError when A
+    is not a multiple of G.
     """
     heads, kv_heads = query.shape[2], key.shape[2]
     if heads % kv_heads:
         raise ValueError(f"Query heads must be a multiple of key-value heads, got {heads} and {kv_heads}.")
-    visible = _visible(query.shape[1], key.shape[1], causal, kv_mask, mask, query_offset)
-    if visible is None and bias is None and key.shape == query.shape and key.shape[1] <= few_tokens():
+    aim = target.current()
+    restricted = causal or window_tokens is not None or kv_mask is not None or mask is not None
+    if not restricted and bias is None and key.shape == query.shape and key.shape[1] <= aim.few_tokens_limit:
         return few_token_attention(query, key, value, scale=scale)
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    whole = mask is None and bias is None and isinstance(query_offset, int) and query_offset == 0
+    kernel = aim.chosen_kernel if whole and min(query.shape[1], key.shape[1]) >= _LEAST_KERNEL_TOKENS else "xla"
+    if kernel == "splash":
+        from unifusion_jax.parallel import splash  # Pallas takes a second to import
+
+        shards = None if aim.mesh is None or aim.mesh.size == 1 else (aim.mesh, _spec(query, aim.mesh))
+        if shards is not None:
+            key, value = (_with_heads_for(part, heads, *shards) for part in (key, value))
+        return splash.attend(
+            query,
+            key,
+            value,
+            kv_mask=kv_mask,
+            causal=causal,
+            window_tokens=window_tokens,
+            scale=factor,
+            interpret=aim.device.platform != "tpu",
+            shards=shards,
+        )
+    if kernel == "cudnn" and _cudnn_takes(query, key, ordered=causal or window_tokens is not None):
+        return _on_shards(query, key, value, kv_mask, causal, window_tokens, factor, aim.mesh)
+    visible = _visible(query.shape[1], key.shape[1], causal, window_tokens, kv_mask, mask, query_offset)
     return jax.nn.dot_product_attention(query, key, value, bias=bias, mask=visible, scale=scale, implementation="xla")
 
 
-def few_tokens() -> int:
-    """Returns the longest row that `few_token_attention` is used for."""
-    if FEW_TOKENS is not None:
-        return FEW_TOKENS
-    return 0 if jax.default_backend() == "cpu" else 32
+def _spec(query: Float[Array, "B S A E"], mesh: Mesh) -> PartitionSpec:
+    """Returns over which mesh axes batch, tokens and heads of the queries are split."""
+    return activation_spec(
+        "attention's queries", query.shape, ("batch", "length", "heads", None), mesh, whole=("heads",)
+    )
+
+
+def _with_heads_for(part: jax.Array, heads: int, mesh: Mesh, spec: PartitionSpec) -> jax.Array:
+    """Repeats key-value heads that the mesh's tensor axis, by which the query heads are split, does not divide."""
+    axis = spec[2]
+    if axis is None or part.shape[2] % mesh.shape[axis] == 0:
+        return part
+    return jnp.repeat(part, heads // part.shape[2], axis=2)
+
+
+def _cudnn_takes(query: Float[Array, "B S A E"], key: Float[Array, "B K G E"], *, ordered: bool) -> bool:
+    head = query.shape[-1]
+    fits = head <= _CUDNN_LARGEST_HEAD and head % _CUDNN_HEAD_MULTIPLE == 0
+    # An order is told by a bias, whose gradient kernel takes even lengths.
+    even = query.shape[1] % 2 == 0 and key.shape[1] % 2 == 0
+    return fits and (even or not ordered) and query.dtype in (jnp.bfloat16, jnp.float16)
+
+
+def _on_shards(
+    query: Float[Array, "B S A E"],
+    key: Float[Array, "B K G E"],
+    value: Float[Array, "B K G E"],
+    kv_mask: Bool[Array, "B K"] | None,
+    causal: bool,
+    window_tokens: int | None,
+    scale: float,
+    mesh: Mesh | None,
+) -> Float[Array, "B S A E"]:
+    """Flash attention on a mesh's devices, each with its part of the work."""
+
+    def run(query: jax.Array, key: jax.Array, value: jax.Array, kv_mask: jax.Array | None = None) -> jax.Array:
+        return flash_attention(
+            query, key, value, kv_mask=kv_mask, causal=causal, window_tokens=window_tokens, scale=scale
+        )
+
+    if mesh is None or mesh.size == 1:
+        return run(query, key, value, kv_mask)
+    batch, tokens, heads, _ = _spec(query, mesh)
+    if causal or window_tokens is not None:
+        tokens = None  # the kernel counts queries from 0, so each device of a sequence axis does all of them
+    spec, of_keys = PartitionSpec(batch, tokens, heads), PartitionSpec(batch, None, heads)
+    key, value = (_with_heads_for(part, query.shape[2], mesh, spec) for part in (key, value))
+    arguments = (query, key, value) if kv_mask is None else (query, key, value, kv_mask)
+    return jax.shard_map(
+        run,
+        mesh=mesh,
+        in_specs=(spec, of_keys, of_keys, PartitionSpec(batch))[: len(arguments)],
+        out_specs=spec,
+        check_vma=False,
+    )(*arguments)
+
+
+def flash_attention(
+    query: Float[Array, "B S A E"],
+    key: Float[Array, "B K G E"],
+    value: Float[Array, "B K G E"],
+    *,
+    kv_mask: Bool[Array, "B K"] | None,
+    causal: bool,
+    window_tokens: int | None,
+    scale: float,
+    implementation: Literal["cudnn", "xla"] = "cudnn",
+) -> Float[Array, "B S A E"]:
+    """Calls cuDNN's flash attention so that it skips keys that do not exist, where it can; see `attention`.
+
+    Where every query sees every key, the order of keys means nothing: those that exist are moved to the front, and the kernel
+    is told how many they are. With an order it gets the mask as a bias. `implementation` is for tests on other machines.
+    """
+    ordered = causal or window_tokens is not None
+    mask = lengths = None
+    if kv_mask is not None and not ordered:
+        front = jnp.argsort(~kv_mask, axis=1, stable=True)[:, :, None, None]
+        key, value = (jnp.take_along_axis(part, front, axis=1) for part in (key, value))
+        lengths = jnp.maximum(1, jnp.sum(kv_mask, axis=1, dtype=jnp.int32))
+    elif ordered:
+        mask = _visible(query.shape[1], key.shape[1], causal, window_tokens, kv_mask, None, 0)
+    return jax.nn.dot_product_attention(
+        query,
+        key,
+        value,
+        mask=mask,
+        key_value_seq_lengths=lengths,
+        scale=scale,
+        implementation=implementation,
+    )
 
 
 def few_token_attention(
@@ -77,14 +201,18 @@ def _visible(
     num_queries: int,
     num_keys: int,
     causal: bool,
+    window_tokens: int | None,
     kv_mask: Bool[Array, "B K"] | None,
     mask: Bool[Array, "B S K"] | None,
     query_offset: int | Int[Array, ""],
 ) -> Bool[Array, "#B 1 #S K"] | None:
     """Combines the restrictions into one mask that broadcasts over heads, or None when there is none."""
     parts = []
+    ahead = jnp.arange(num_keys) - (jnp.arange(num_queries)[:, None] + query_offset)
     if causal:
-        parts.append((jnp.arange(num_keys) <= jnp.arange(num_queries)[:, None] + query_offset)[None, None])
+        parts.append((ahead <= 0)[None, None])
+    if window_tokens is not None:
+        parts.append((jnp.abs(ahead) < window_tokens)[None, None])
     if kv_mask is not None:
         parts.append(kv_mask[:, None, None, :])
     if mask is not None:

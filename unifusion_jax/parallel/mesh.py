@@ -15,12 +15,14 @@ class MeshConfig:
     """Sizes of the mesh axes; one of them may be -1, which takes the devices that the others leave.
 
     Attributes:
-      data: copies of the parameters, each working on its part of the batch.
+      slice: TPU slices, or other groups of devices with slow links between them; each holds a copy of the parameters.
+      data: copies of the parameters in a slice, each working on its part of the batch.
       fsdp: devices that share one copy of the parameters (and also split the batch).
       sequence: devices that split the tokens of one sample.
       tensor: devices that split attention heads and feed-forward widths.
     """
 
+    slice: int = 1
     data: int = -1
     fsdp: int = 1
     sequence: int = 1
@@ -53,7 +55,11 @@ def make_mesh(config: MeshConfig | None = None, devices: Sequence[jax.Device] | 
             f"A mesh of {dict(zip(config.axis_names, config.sizes, strict=True))} does not fit {len(devices)} devices. "
             "Set one axis to -1, or make the product of the sizes equal the number of devices."
         )
-    if devices[0].platform == "tpu" and len(devices) > 1:
+    if devices[0].platform == "tpu" and sizes[0] > 1:
+        grid = mesh_utils.create_hybrid_device_mesh(
+            (1, *sizes[1:]), (sizes[0], *(1,) * (len(sizes) - 1)), devices=devices, allow_split_physical_axes=True
+        )
+    elif devices[0].platform == "tpu" and len(devices) > 1:
         grid = mesh_utils.create_device_mesh(sizes, devices=devices, allow_split_physical_axes=True)
     else:
         grid = np.asarray(devices).reshape(sizes)

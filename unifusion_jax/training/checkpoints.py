@@ -1,6 +1,8 @@
 """Saving and restoring a run as one unit: {parameters, EMA, optimizer, step, metric sums, data position, config}."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,23 +11,43 @@ import orbax.checkpoint as ocp
 from flax import traverse_util
 
 from unifusion_jax.config import from_mapping, to_json
+from unifusion_jax.parallel.hosts import agreed
 from unifusion_jax.training.config import TrainConfig
+from unifusion_jax.training.health import NonFiniteError
 from unifusion_jax.training.state import TrainState
 
 CONFIG_FILE = "config.json"
 _FOLDER = "checkpoints"
 
 
+class SaveError(OSError):
+    """A checkpoint could not be written."""
+
+
 class Checkpoints:
     """The checkpoints of one workdir, written in the background.
 
-    A save that fails raises at the next call, so training never runs on believing it is safe.
+    A save that fails raises SaveError at the next call, so training never runs on believing it is safe. What a killed process
+    has left half written is never taken for a checkpoint.
+
+    Args:
+      workdir: of the run.
+      every_steps: when saves are due.
+      keep: number of newest checkpoints that are kept.
+      read_only: for who only reads, maybe while a training writes.
     """
 
-    def __init__(self, workdir: Path, *, every_steps: int = 1, keep: int = 3):
-        options = ocp.CheckpointManagerOptions(
-            save_interval_steps=every_steps, max_to_keep=keep, enable_async_checkpointing=True, create=True
-        )
+    def __init__(self, workdir: Path, *, every_steps: int = 1, keep: int = 3, read_only: bool = False):
+        if read_only:
+            options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0)
+        else:
+            options = ocp.CheckpointManagerOptions(
+                save_interval_steps=every_steps,
+                max_to_keep=keep,
+                enable_async_checkpointing=True,
+                create=True,
+                cleanup_tmp_directories=True,
+            )
         self._manager = ocp.CheckpointManager(
             (workdir / _FOLDER).absolute(),
             options=options,
@@ -33,21 +55,25 @@ class Checkpoints:
             item_handlers={"state": ocp.StandardCheckpointHandler(), "data": ocp.JsonCheckpointHandler()},
         )
         self._workdir = workdir
+        self._closed = False
 
     def latest_step(self) -> int | None:
         """Step of the newest complete checkpoint; None when there is none."""
         return self._manager.latest_step()
 
-    def maybe_save(self, step: int, state: TrainState, data: dict[str, Any], *, force: bool = False) -> bool:
-        """Starts saving when the interval says so (or `force`); returns whether it did."""
+    def due(self, step: int, *, force: bool = False) -> bool:
+        """Whether to save after this step: the interval says so, or `force`, and it is not saved already."""
         if step == self._manager.latest_step():
             return False
-        self._manager.check_for_errors()
-        return self._manager.save(
-            step,
-            args=ocp.args.Composite(state=ocp.args.StandardSave(as_tree(state)), data=ocp.args.JsonSave(data)),
-            force=force,
-        )
+        with self._telling(step):
+            self._manager.check_for_errors()
+        return force or self._manager.should_save(step)
+
+    def save(self, step: int, state: TrainState, data: dict[str, Any]) -> None:
+        """Starts saving; returns when the state may change again."""
+        args = ocp.args.Composite(state=ocp.args.StandardSave(as_tree(state)), data=ocp.args.JsonSave(data))
+        with self._telling(step):
+            self._manager.save(step, args=args, force=True)
 
     def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """Restores the newest checkpoint onto the shardings of `abstract` (any mesh, any number of hosts).
@@ -83,10 +109,36 @@ class Checkpoints:
             path, args=ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True)
         )[item]
 
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        # A save in flight is finished, also where the run fails; but other hosts, which it needs, may not get here.
+        if error is None or jax.process_count() == 1 or isinstance(error, SystemExit | NonFiniteError):
+            self.close()
+
     def close(self) -> None:
-        """Waits for saves in flight; raises when one failed."""
-        self._manager.wait_until_finished()
+        """Waits for saves in flight; raises SaveError when one failed. Harmless when repeated."""
+        if self._closed:
+            return
+        self._closed = True
+        with self._telling(None):
+            self._manager.wait_until_finished()
         self._manager.close()
+
+    @contextlib.contextmanager
+    def _telling(self, step: int | None) -> Iterator[None]:
+        """Turns what goes wrong while saving into an error that says what is still there."""
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:
+            kept = checkpoint_steps(self._workdir)
+            at = "The last save" if step is None else f"A save (noticed at step {step})"
+            raise SaveError(
+                f"{at} in {self._workdir / _FOLDER} failed, so the run stops: {error}. "
+                f"{f'The checkpoint of step {kept[-1]} is whole' if kept else 'There is no earlier checkpoint'}. Make room or "
+                "mend the disk, and start again with the same command."
+            ) from error
 
     def _saved_shapes(self, step: int) -> dict[str, tuple[int, ...]]:
         metadata = self._manager.item_metadata(step)["state"]
@@ -139,14 +191,15 @@ def from_tree(tree: dict[str, Any], abstract: TrainState) -> TrainState:
     return TrainState(tree["step"], tree["params"], tree.get("ema", {}) or {}, opt_state, tree["metrics"])
 
 
+def checkpoint_steps(workdir: Path) -> list[int]:
+    """Returns the steps of the complete checkpoints of a workdir, in order. Makes no folder."""
+    folder = workdir / _FOLDER
+    return sorted(ocp.utils.checkpoint_steps(folder.absolute())) if folder.is_dir() else []
+
+
 def latest_step(workdir: Path) -> int:
-    """Returns the step of the newest checkpoint of a workdir; 0 where there is none. Makes no folder."""
-    if not (workdir / _FOLDER).is_dir():
-        return 0
-    checkpoints = Checkpoints(workdir)
-    step = checkpoints.latest_step()
-    checkpoints.close()
-    return step or 0
+    """Returns the step of the newest checkpoint of a workdir; 0 where there is none. The same on every host."""
+    return agreed(max(checkpoint_steps(workdir), default=0))
 
 
 def check_config(workdir: Path, config_json: str) -> None:
@@ -172,14 +225,18 @@ def check_config(workdir: Path, config_json: str) -> None:
 
 
 def write_config(workdir: Path, config_json: str) -> None:
-    """Records the run's config in its workdir."""
+    """Records the run's config in its workdir; the first process does."""
+    if jax.process_index() > 0:
+        return
     workdir.mkdir(parents=True, exist_ok=True)
     temporary = workdir / f"{CONFIG_FILE}.tmp"
     temporary.write_text(config_json + "\n")
     temporary.replace(workdir / CONFIG_FILE)
 
 
-_HARMLESS = ("total_steps:", "checkpoint.", "preview.", "evaluation.", "mesh.", "data.num_workers:")
+_HARMLESS = tuple(
+    "total_steps: checkpoint. preview. profile. evaluation. mesh. data.num_workers: on_nonfinite:".split()
+)
 
 
 def _differences(recorded: Any, given: Any, name: str = "") -> list[str]:

@@ -9,8 +9,11 @@ from unifusion_jax.dit import DiTConfig
 from unifusion_jax.flow import FlowConfig
 from unifusion_jax.parallel.mesh import MeshConfig
 from unifusion_jax.parallel.remat import RematName
+from unifusion_jax.parallel.target import KernelName
 from unifusion_jax.prompt import DEFAULT_GUIDANCE
+from unifusion_jax.training.health import Policy
 from unifusion_jax.training.optimizer import OptimizerConfig
+from unifusion_jax.training.profiling import ProfileConfig
 
 
 def _at_least(name: str, value: float, least: float) -> None:
@@ -159,8 +162,13 @@ class TrainConfig:
       dtype: compute type of the trained network; its weights stay float32.
       ema_decay: decay of the weights' moving average; 0 turns it off.
       init_from: folder that a run of the same task exported, to start from; empty starts from scratch.
+      remat: what the backward pass computes again, see `unifusion_jax.parallel.remat`.
+      attention: kernel of attention over whole sequences; "auto" takes the platform's, see `unifusion_jax.parallel.target`.
+      accumulate_steps: parts in which a batch is worked on one after the other, their gradients added up, for batches that do
+        not fit at once. The step is that of the whole batch.
       model: sizes of the "encoder" or "autoencoder" that those tasks train from scratch, by name of a constructor.
       first: another encoder and conditioning for the first steps.
+      on_nonfinite: what a step with NaN or infinity does: "stop" ends the run, "skip" leaves it out.
     """
 
     task: Literal["unifusion", "encoder", "autoencoder"] = "unifusion"
@@ -171,8 +179,11 @@ class TrainConfig:
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     ema_decay: float = 0.999
     remat: RematName = "none"
+    attention: KernelName = "auto"
+    accumulate_steps: int = 1
     init_from: str = ""
     model: str = ""
+    on_nonfinite: Policy = "stop"
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     encoder: EncoderRef = dataclasses.field(default_factory=EncoderRef)
     first: FirstPhase = dataclasses.field(default_factory=FirstPhase)
@@ -184,12 +195,22 @@ class TrainConfig:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     preview: PreviewConfig = dataclasses.field(default_factory=PreviewConfig)
+    profile: ProfileConfig = dataclasses.field(default_factory=ProfileConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
 
     def __post_init__(self):
         _at_least("total_steps", self.total_steps, 1)
         _at_least("batch_size", self.batch_size, 1)
         _at_least("log_every_steps", self.log_every_steps, 1)
+        _at_least("accumulate_steps", self.accumulate_steps, 1)
+        if self.batch_size % self.accumulate_steps:
+            raise ValueError(
+                f"batch_size={self.batch_size} cannot be worked on in accumulate_steps={self.accumulate_steps} equal parts."
+            )
+        if self.accumulate_steps > 1 and self.task != "unifusion":
+            raise ValueError(
+                f"accumulate_steps={self.accumulate_steps} is for task='unifusion'; task={self.task!r} takes whole batches."
+            )
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}.")
         if self.first.steps and self.task != "unifusion":

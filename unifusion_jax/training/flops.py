@@ -4,6 +4,9 @@ A multiply-add counts as two. Attention counts the full S x S square, since the 
 as twice the forward; recomputation (remat) and the frozen networks are not model FLOPs of the trained stack and are left out.
 """
 
+import math
+from typing import Any
+
 from unifusion_jax.conditioning import LAPConfig
 from unifusion_jax.data.mixture import Mixture
 from unifusion_jax.model import ModelConfig
@@ -68,3 +71,33 @@ def training_flops(model: ModelConfig, mixture: Mixture, downsample: int, timest
         forward += timesteps_per_sample * dit_flops(model, bucket.max_kept_tokens, latent_tokens)
         total += stream.weight * 3 * forward
     return total
+
+
+def traced_flops(jaxpr: Any) -> float:
+    """FLOPs of the products and convolutions of a traced program (`jax.core.Jaxpr`), loops counted as often as they run.
+
+    Unlike the functions above this counts what is executed: recomputation and frozen networks too. Kernels are not looked
+    into; trace with XLA's attention.
+    """
+    total = 0.0
+    for equation in jaxpr.eqns:
+        times = equation.params["length"] if equation.primitive.name == "scan" else 1
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            depth = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+            total += 2.0 * depth * math.prod(equation.outvars[0].aval.shape)
+        elif equation.primitive.name == "conv_general_dilated":
+            kernel = equation.invars[1].aval.shape
+            out_axis = equation.params["dimension_numbers"].rhs_spec[0]
+            total += 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) / kernel[out_axis]
+        inner = [traced_flops(part) for value in equation.params.values() for part in _programs(value)]
+        total += times * (max(inner) if equation.primitive.name == "cond" else sum(inner)) if inner else 0.0
+    return total
+
+
+def _programs(value: Any) -> list[Any]:
+    """Returns the programs in a parameter of an equation; rules for derivatives, which are functions, are none."""
+    if isinstance(value, tuple | list):
+        return [program for part in value for program in _programs(part)]
+    inner = getattr(value, "jaxpr", value)
+    return [inner] if hasattr(inner, "eqns") else []

@@ -8,22 +8,21 @@ import jax
 import tqdm
 from jax.sharding import Mesh
 
+from unifusion_jax.data.pipeline import BatchIterator
+from unifusion_jax.parallel.hosts import agreed
 from unifusion_jax.parallel.sharding import global_batch
 from unifusion_jax.training.checkpoints import Checkpoints
 from unifusion_jax.training.config import TrainConfig
+from unifusion_jax.training.health import Health
 from unifusion_jax.training.metrics import MetricWriter, Stopwatch, averages
-from unifusion_jax.training.optimizer import make_optimizer
 from unifusion_jax.training.phases import Phase, Shapes, carry_on
-from unifusion_jax.training.rng import stream_key
-from unifusion_jax.training.state import TrainState, create_state, state_shardings
-from unifusion_jax.training.step import make_train_step, reset_metrics
+from unifusion_jax.training.preemption import Preempted, Preemption
+from unifusion_jax.training.profiling import Profiler
+from unifusion_jax.training.program import Program, make_program
+from unifusion_jax.training.state import TrainState
 from unifusion_jax.training.task import Task
 
 log = logging.getLogger(__name__)
-
-
-class NonFiniteError(RuntimeError):
-    """The loss or the gradient became NaN or infinite."""
 
 
 def fit(
@@ -38,81 +37,79 @@ def fit(
     """Trains until `config.total_steps`, or the end of `phase`, resuming from the newest checkpoint of `workdir`.
 
     `before` are the parameters of the phase before, from whose last checkpoint this one starts. Returns the final state and
-    the still open metric writer. Raises NonFiniteError, naming the interval, when the loss or
-    the gradient norm is not finite; the checkpoint before stays as it is.
+    the still open metric writer.
+
+    Raises:
+      NonFiniteError: loss, gradient or update were not finite; the checkpoint before stays as it is.
+      Preempted: the run was told to end, and has saved its state.
+      SaveError: a checkpoint could not be written; the one before stays as it is.
     """
-    tx = make_optimizer(config.optimizer, config.total_steps)
-    names = ["loss", "grad_norm", *task.metric_names]
-
-    def init(key: jax.Array) -> TrainState:
-        return create_state(task.init(key), tx, config.ema_decay > 0, names)
-
-    key = stream_key(config.seed, "init")
-    abstract = jax.eval_shape(init, key)
-    shardings = state_shardings(abstract, task.param_shardings, mesh)
+    phase = phase or Phase(config, 0, config.total_steps)
+    program = make_program(task, config, mesh)
     checkpoints = Checkpoints(workdir, every_steps=config.checkpoint.every_steps, keep=config.checkpoint.keep)
     batches = task.batches()
-    phase = phase or Phase(config, 0, config.total_steps)
-    if checkpoints.latest_step() is None:
-        state = jax.jit(init, out_shardings=shardings)(key)
-    elif before is not None and checkpoints.latest_step() == phase.start:
-        state, position = carry_on(checkpoints, before, init, shardings, tx, mesh, seed=config.seed)
-        batches.set_state(position)
-        log.info("Encoder and conditioning swapped at step %d.", phase.start)
-    else:
-        placed = jax.tree.map(
-            lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), abstract, shardings
-        )
-        state, position = checkpoints.restore(placed)
-        batches.set_state(position)
-        log.info("Resumed from step %d of %s.", int(state.step), workdir)
-    train_step = jax.jit(
-        make_train_step(task.loss, tx, ema_decay=config.ema_decay, seed=config.seed),
-        static_argnums=3,
-        donate_argnums=0,
-        out_shardings=shardings,
-    )
-    reset = jax.jit(reset_metrics, donate_argnums=0, out_shardings=shardings)
-
-    start = int(state.step)
-    writer = MetricWriter(workdir, start_step=start)
-    watch = Stopwatch()
-    progress = tqdm.tqdm(total=config.total_steps, initial=start, unit="step", disable=jax.process_index() > 0)
-    logged = start
-    with batches, progress:
+    state = _first_state(program, checkpoints, batches, phase, before)
+    logged = start = int(state.step)
+    writer, health, watch = MetricWriter(workdir, start_step=start), Health(workdir, config.on_nonfinite), Stopwatch()
+    preemption, profiler, bar = Preemption(), Profiler(config.profile, workdir), _bar(config, start)
+    with checkpoints, batches, preemption, profiler, bar:
         for step in range(start + 1, phase.until + 1):
-            waiting = time.perf_counter()
-            batch = next(batches)
-            watch.data_wait_s += time.perf_counter() - waiting
-            state = train_step(state, task.frozen, global_batch(batch.data, mesh), task.static(batch.bucket))
-            progress.update()
+            with watch.waiting():
+                batch = next(batches)
+            with profiler.step(step, state):
+                data, static = global_batch(batch.data, mesh), task.static(batch.bucket)
+                state, measures = program.step(state, task.frozen, data, static)
+            health.note(step, batch, measures)
+            bar.update()
             if step == 1:
-                jax.block_until_ready(state)
-                log.info("First step done, %.1f s after the loop began.", time.perf_counter() - waiting)
+                _log_first_step(state, watch)
             if step % config.log_every_steps == 0 or step == config.total_steps:
-                values = averages(state.metrics)
-                _check_finite(values, logged, step)
+                health.check()
+                values = averages(state.metrics) | health.counts()
                 writer.write(step, values | watch.rates(step - logged, config.batch_size, task.flops_per_sample))
-                progress.set_postfix(loss=f"{values['loss']:.4f}")
-                state, logged = reset(state), step
+                bar.set_postfix(loss=values["loss"])
+                state, logged = program.reset(state), step
                 watch.restart()
-            pause = time.perf_counter()
-            if config.preview.every_steps and step % config.preview.every_steps == 0:
-                _preview(task, state, step, workdir, writer)
-            checkpoints.maybe_save(step, state, batches.get_state(), force=step == phase.until)
-            watch.pause(pause)
-    checkpoints.close()
+            told = preemption.reached(step)
+            saving = checkpoints.due(step, force=told or step == phase.until)
+            drawing = config.preview.every_steps and step % config.preview.every_steps == 0
+            if saving or drawing:
+                health.check()  # waits for the device, which is no pause
+                with watch.pause():
+                    if drawing:
+                        _preview(task, state, step, workdir, writer)
+                    if saving:
+                        checkpoints.save(step, state, batches.get_state())
+            if told and step < config.total_steps:
+                writer.close()
+                raise Preempted(step, workdir)
     return state, writer
 
 
-def _check_finite(values: dict[str, float | None], first: int, last: int) -> None:
-    for name in ("loss", "grad_norm"):
-        value = values[name]
-        if value is None or value != value or abs(value) == float("inf"):
-            raise NonFiniteError(
-                f"{name} became {value} somewhere within steps [{first + 1}, {last}]. The last checkpoint is untouched: lower "
-                "optimizer.learning_rate or optimizer.clip_norm, or look at the batches of these steps, and restart."
-            )
+def _first_state(
+    program: Program, checkpoints: Checkpoints, batches: BatchIterator, phase: Phase, before: Shapes | None
+) -> TrainState:
+    """Makes, carries on or restores the state, and goes to its place in the data."""
+    newest = agreed(checkpoints.latest_step() or 0)
+    if not newest:
+        return program.first_state(phase.config.seed)
+    if before is not None and newest == phase.start:
+        state, position = carry_on(checkpoints, before, program, seed=phase.config.seed)
+        log.info("Encoder and conditioning swapped at step %d.", phase.start)
+    else:
+        state, position = checkpoints.restore(program.placed())
+        log.info("Resumed from step %d.", newest)
+    batches.set_state(position)
+    return state
+
+
+def _bar(config: TrainConfig, start: int) -> tqdm.tqdm:
+    return tqdm.tqdm(total=config.total_steps, initial=start, unit="step", disable=jax.process_index() > 0)
+
+
+def _log_first_step(state: TrainState, watch: Stopwatch) -> None:
+    jax.block_until_ready(state)
+    log.info("First step done, %.1f s after the loop began.", time.perf_counter() - watch.since)
 
 
 def _preview(task: Task, state: TrainState, step: int, workdir: Path, writer: MetricWriter) -> None:

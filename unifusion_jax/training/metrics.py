@@ -1,8 +1,10 @@
 """Where numbers go: `metrics.jsonl` (one object per logged step), TensorBoard events and the log."""
 
+import contextlib
 import json
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +13,10 @@ import numpy as np
 import PIL.Image
 from clu import metrics as clu_metrics
 
+from unifusion_jax.parallel.chips import peak_flops
 from unifusion_jax.training.state import Metrics
 
 METRICS_FILE = "metrics.jsonl"
-
-# bf16 peak FLOP/s of one chip, from the vendors' data sheets.
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-}
 
 
 def averages(sums: Metrics) -> dict[str, float | None]:
@@ -35,13 +26,6 @@ def averages(sums: Metrics) -> dict[str, float | None]:
         mean = clu_metrics.Average(total=pair[0], count=pair[1])  # pyright: ignore[reportCallIssue] (a flax dataclass)
         means[name] = float(mean.compute()) if pair[1] else None
     return means
-
-
-def peak_flops(device: jax.Device) -> float | None:
-    """Peak bf16 FLOP/s of a device; None where it is unknown, as on CPUs."""
-    kind = device.device_kind
-    matches = [name for name in PEAK_FLOPS if kind.startswith(name)]
-    return PEAK_FLOPS[max(matches, key=len)] if matches else None
 
 
 class MetricWriter:
@@ -102,24 +86,38 @@ def _drop_after(path: Path, step: int) -> None:
 
 
 class Stopwatch:
-    """Time of the training itself: pauses for previews are taken out."""
+    """Time of the training itself: pauses for previews and saves are taken out.
+
+    Attributes:
+      since: `time.perf_counter()` when the interval began.
+    """
 
     def __init__(self) -> None:
         self.restart()
 
     def restart(self) -> None:
         """Starts a new interval."""
-        self._since = time.perf_counter()
-        self._paused = 0.0
-        self.data_wait_s = 0.0
+        self.since = time.perf_counter()
+        self._paused_s = 0.0
+        self._data_wait_s = 0.0
 
-    def pause(self, since: float) -> None:
-        """Takes the time since `since` (`time.perf_counter()`) out of the interval."""
-        self._paused += time.perf_counter() - since
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time inside as waiting for data."""
+        since = time.perf_counter()
+        yield
+        self._data_wait_s += time.perf_counter() - since
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Takes the time inside out of the interval."""
+        since = time.perf_counter()
+        yield
+        self._paused_s += time.perf_counter() - since
 
     def rates(self, steps: int, batch_size: int, flops_per_sample: float | None) -> dict[str, Any]:
         """Returns step time, data wait (seconds per step), images per second and model FLOPs utilisation."""
-        step_time_s = (time.perf_counter() - self._since - self._paused) / steps
+        step_time_s = (time.perf_counter() - self.since - self._paused_s) / steps
         peak = peak_flops(jax.devices()[0])
         mfu = None
         if peak and flops_per_sample:
@@ -127,6 +125,6 @@ class Stopwatch:
         return {
             "images_per_s": batch_size / step_time_s,
             "step_time_s": step_time_s,
-            "data_wait_s": self.data_wait_s / steps,
+            "data_wait_s": self._data_wait_s / steps,
             "mfu": mfu,
         }

@@ -30,6 +30,7 @@ class OptimizerConfig:
       eps: added to the root of the second moment.
       weight_decay: decoupled decay of matrices (of those that Muon moves); vectors and scalars are not decayed.
       clip_norm: gradients are scaled down to this global norm.
+      first_moment_dtype: type in which the first moment (Muon's momentum) is kept; "bfloat16" halves its memory.
     """
 
     name: Literal["adamw", "muon"] = "adamw"
@@ -42,6 +43,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.01
     clip_norm: float = 1.0
+    first_moment_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
         if self.learning_rate <= 0 or self.clip_norm <= 0:
@@ -75,11 +77,18 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
             weight_decay=config.weight_decay,
             adam_b1=config.b1,
             adam_b2=config.b2,
+            mu_dtype=config.first_moment_dtype,
             muon_weight_dimension_numbers=_muon_dimensions,
         )
     else:
         update = optax.adamw(
-            rate, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=_kernels
+            rate,
+            b1=config.b1,
+            b2=config.b2,
+            eps=config.eps,
+            mu_dtype=config.first_moment_dtype,
+            weight_decay=config.weight_decay,
+            mask=_kernels,
         )
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
 

@@ -5,15 +5,13 @@ it begins, the rest of the config how it goes on.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
-import optax
-from jax.sharding import Mesh
 
 from unifusion_jax.training.checkpoints import Checkpoints
 from unifusion_jax.training.config import FirstPhase, TrainConfig
+from unifusion_jax.training.program import Program
 from unifusion_jax.training.rng import stream_key
 from unifusion_jax.training.state import Params, TrainState, create_state, state_shardings
 
@@ -62,14 +60,7 @@ def config_at(config: TrainConfig, step: int) -> TrainConfig:
 
 
 def carry_on(
-    checkpoints: Checkpoints,
-    before: Shapes,
-    init: Callable[[jax.Array], TrainState],
-    shardings: TrainState,
-    tx: optax.GradientTransformation,
-    mesh: Mesh,
-    *,
-    seed: int,
+    checkpoints: Checkpoints, before: Shapes, program: Program, *, seed: int
 ) -> tuple[TrainState, dict[str, Any]]:
     """Starts a phase from the last checkpoint of the one before.
 
@@ -79,32 +70,29 @@ def carry_on(
     Args:
       checkpoints: of the run; the newest is the last of the phase before.
       before: parameters of that phase.
-      init: makes this phase's state from a key.
-      shardings: of this phase's state.
-      tx: the optimizer.
-      mesh: the devices.
+      program: of this phase.
       seed: of the new parameters.
 
     Returns:
       The state, and the data's position.
     """
-    abstract = jax.eval_shape(init, stream_key(seed, "init"))
+    abstract = program.abstract
     old = jax.eval_shape(
-        lambda params: create_state(params, tx, bool(abstract.ema), list(abstract.metrics)), before.params
+        lambda params: create_state(params, program.tx, bool(abstract.ema), list(abstract.metrics)), before.params
     )
     placed = jax.tree.map(
         lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at),
         old,
-        state_shardings(old, before.shardings, mesh),
+        state_shardings(old, before.shardings, program.mesh),
     )
     state, position = checkpoints.restore(placed)
     kept = {path: leaf for path, leaf in _by_path(state).items() if f"'{_SWAPPED}'" not in path}
     wanted = _by_path(abstract)
     new = [path for path, leaf in wanted.items() if path not in kept or kept[path].shape != leaf.shape]
-    at = _by_path(shardings)
+    at = _by_path(program.shardings)
 
     def make(key: jax.Array) -> dict[str, jax.Array]:
-        made = _by_path(init(key))
+        made = _by_path(program.make(key))
         return {path: made[path] for path in new}
 
     # Another stream than a fresh run's: the first phase's conditioner was drawn from that.

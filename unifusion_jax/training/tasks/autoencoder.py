@@ -23,11 +23,12 @@ from unifusion_jax.data.buckets import Bucket, Budget
 from unifusion_jax.data.pipeline import BatchIterator
 from unifusion_jax.data.records import TASKS, Record
 from unifusion_jax.images import grid, to_float, to_pil
+from unifusion_jax.parallel.hosts import to_host
 from unifusion_jax.parallel.sharding import param_shardings
 from unifusion_jax.training.config import TrainConfig
 from unifusion_jax.training.rng import stream_key
 from unifusion_jax.training.state import Params
-from unifusion_jax.training.step import Sums
+from unifusion_jax.training.task import Sums
 from unifusion_jax.training.tasks.streams import open_batches, open_mixture
 
 _NAMES = ["l1", "l2", "gradient", "kl", "psnr_db", "latent_std"]
@@ -38,7 +39,7 @@ class AutoencoderTask:
     """Reconstruction of pictures; see `unifusion_jax.autoencoders.loss`."""
 
     def __init__(self, config: TrainConfig, mesh: Mesh):
-        self.config = config
+        self.config, self.mesh = config, mesh
         self._start = autoencoders.load(config.init_from) if config.init_from else None
         named = getattr(AutoencoderKLConfig, config.model or "demo")
         model_config = named() if self._start is None else self._start.config
@@ -64,11 +65,15 @@ class AutoencoderTask:
             return self._start.params
         return nnx.to_pure_dict(nnx.state(AutoencoderKL(self.model_config, rngs=nnx.Rngs(key)), nnx.Param))
 
+    def draw(self, batch: Any, key: Key[Array, ""], static: Any) -> Key[Array, ""]:
+        """The loss draws as it goes, where it draws at all."""
+        return key
+
     def loss(
-        self, params: Params, frozen: Any, batch: Any, key: Key[Array, ""], static: None
+        self, params: Params, frozen: Any, batch: Any, draws: Key[Array, ""], static: None
     ) -> tuple[Float[Array, ""], Sums]:
         """Reconstruction loss of uint8 images [B, h, w, 3]."""
-        loss, parts = autoencoder_loss(nnx.merge(self.graphdef, params), to_float(batch), key)
+        loss, parts = autoencoder_loss(nnx.merge(self.graphdef, params), to_float(batch), draws)
         return loss, {name: (parts[name], jnp.ones(())) for name in _NAMES}
 
     def static(self, bucket: Bucket) -> None:
@@ -77,7 +82,8 @@ class AutoencoderTask:
     def batches(self) -> BatchIterator:
         """Opens the pictures."""
         crop = functools.partial(_crop_of, crop_px=self.config.data.crop_px)
-        return open_batches(self.config, self.mixture, crop if self.config.data.crop_px else _image_of, _stack)
+        build = crop if self.config.data.crop_px else _image_of
+        return open_batches(self.config, self.mixture, build, _stack, self.mesh)
 
     def preview(self, params: Params) -> PIL.Image.Image:
         """Draws pictures above their reconstructions."""
@@ -95,7 +101,7 @@ class AutoencoderTask:
             for _ in range(4):
                 images = to_float(next(batches).data)
                 errors.append(
-                    np.square(np.asarray(autoencoder.decode(autoencoder.encode(images)) - images)).mean((1, 2, 3))
+                    np.square(to_host(autoencoder.decode(autoencoder.encode(images)) - images)).mean((1, 2, 3))
                 )
         return {"psnr_db": float(np.mean(10 * np.log10(4.0 / np.concatenate(errors))))}
 

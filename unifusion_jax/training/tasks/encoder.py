@@ -27,10 +27,11 @@ from unifusion_jax.encoders.lm_loss import next_token_loss
 from unifusion_jax.encoders.processor import Row
 from unifusion_jax.parallel.remat import remat
 from unifusion_jax.parallel.sharding import param_shardings
+from unifusion_jax.parallel.target import compiling_for
 from unifusion_jax.prompt import Prompt
 from unifusion_jax.training.config import TrainConfig
 from unifusion_jax.training.state import Params
-from unifusion_jax.training.step import Sums
+from unifusion_jax.training.task import Sums
 from unifusion_jax.training.tasks.streams import open_batches, open_mixture
 from unifusion_jax.verifi import SYSTEM_PROMPTS, SystemPrompts
 
@@ -44,7 +45,7 @@ class EncoderTask:
     """Next-token loss on target descriptions, over all tasks of the data."""
 
     def __init__(self, config: TrainConfig, mesh: Mesh):
-        self.config = config
+        self.config, self.mesh = config, mesh
         self.prompts = SYSTEM_PROMPTS[config.encoder.system_prompts]
         start = encoders.load(config.init_from, dtype="float32") if config.init_from else None
         named = getattr(InternVLConfig, config.model or "demo")
@@ -83,11 +84,16 @@ class EncoderTask:
             return self.encoder.params
         return nnx.to_pure_dict(nnx.state(InternVL(self.model_config, rngs=nnx.Rngs(key)), nnx.Param))
 
+    def draw(self, batch: Any, key: Key[Array, ""], static: Any) -> Key[Array, ""]:
+        """The loss draws as it goes, where it draws at all."""
+        return key
+
     def loss(
-        self, params: Params, frozen: Any, batch: EncoderBatch, key: Key[Array, ""], static: str
+        self, params: Params, frozen: Any, batch: EncoderBatch, draws: Key[Array, ""], static: str
     ) -> tuple[Float[Array, ""], Sums]:
         """Mean cross-entropy over target tokens, in nats."""
-        loss, parts = next_token_loss(nnx.merge(self.graphdef, params), batch, remat=remat(self.config.remat))
+        with compiling_for(self.mesh, kernel=self.config.attention):
+            loss, parts = next_token_loss(nnx.merge(self.graphdef, params), batch, remat=remat(self.config.remat))
         count = parts["target_tokens"]
         return loss, {
             "token_accuracy": (parts["token_accuracy"] * count, count),
@@ -102,7 +108,8 @@ class EncoderTask:
         """Opens prompts with their target descriptions."""
         processor = self.encoder.processor
         build = functools.partial(_build_row, processor=processor, prompts=self.prompts)
-        return open_batches(self.config, self.mixture, build, functools.partial(_collate, processor=processor))
+        collate = functools.partial(_collate, processor=processor)
+        return open_batches(self.config, self.mixture, build, collate, self.mesh)
 
     def preview(self, params: Params) -> PIL.Image.Image | None:
         """A language model draws nothing."""

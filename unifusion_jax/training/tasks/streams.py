@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
-import jax
+from jax.sharding import Mesh
 
 from unifusion_jax.config import from_mapping
 from unifusion_jax.data.buckets import Buckets, Budget
 from unifusion_jax.data.mixture import Mixture, make_mixture
 from unifusion_jax.data.pipeline import BatchIterator, BuildRow, Collate, make_batches
+from unifusion_jax.parallel.sharding import host_rows
 from unifusion_jax.training.config import TrainConfig
 
 
@@ -28,15 +29,16 @@ def open_mixture(config: TrainConfig, *, multiple_of_px: int, budgets: Mapping[s
     return make_mixture(config.data.sources, buckets, min_records=config.batch_size)
 
 
-def open_batches(config: TrainConfig, mixture: Mixture, build_row: BuildRow, collate: Collate) -> BatchIterator:
-    """Opens this host's share of the endless training stream."""
+def open_batches(
+    config: TrainConfig, mixture: Mixture, build_row: BuildRow, collate: Collate, mesh: Mesh | None = None
+) -> BatchIterator:
+    """Opens this host's share of the endless training stream; without a mesh, whole batches, the same on every host."""
     return make_batches(
         mixture,
         batch_size=config.batch_size,
         seed=config.seed,
         build_row=build_row,
         collate=collate,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        rows=None if mesh is None else host_rows(mesh, config.batch_size),
         num_workers=config.data.num_workers,
     )

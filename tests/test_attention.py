@@ -1,0 +1,136 @@
+"""Every attention kernel against a plain reference; the TPU kernel runs interpreted."""
+
+import functools
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from unifusion_jax.parallel import attention as attention_module
+from unifusion_jax.parallel import splash
+from unifusion_jax.parallel.attention import attention, flash_attention
+from unifusion_jax.parallel.mesh import MeshConfig, make_mesh
+from unifusion_jax.parallel.target import FEW_TOKENS, Target, compiling_for, current
+
+TOKENS = 200
+MASKS = {
+    "none": {},
+    "padding": {"kv_mask": "right"},
+    "causal, padding on the left": {"causal": True, "kv_mask": "left"},
+    "causal window": {"causal": True, "window_tokens": 40, "kv_mask": "right"},
+    "window": {"window_tokens": 40},
+}
+
+
+def reference(query, key, value, *, causal=False, window_tokens=None, kv_mask=None, scale=None):
+    """Softmax over what is visible, written out; float64 would need another configuration of jax."""
+    key, value = (jnp.repeat(part, query.shape[2] // key.shape[2], axis=2) for part in (key, value))
+    scores = jnp.einsum("bsae,bkae->bask", query, key) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    ahead = np.arange(key.shape[1]) - np.arange(query.shape[1])[:, None]
+    seen = np.ones(ahead.shape, bool)
+    seen &= (ahead <= 0) if causal else True
+    seen &= (np.abs(ahead) < window_tokens) if window_tokens else True
+    seen = seen[None, None] & (True if kv_mask is None else kv_mask[:, None, None, :])
+    return jnp.einsum("bask,bkae->bsae", jax.nn.softmax(jnp.where(seen, scores, -1e30), axis=-1), value)
+
+
+def inputs(mask, rows=2):
+    keys = jax.random.split(jax.random.key(0), 3)
+    parts = [jax.random.normal(key, (rows, TOKENS, heads, 16)) for key, heads in zip(keys, (4, 2, 2), strict=True)]
+    options = dict(MASKS[mask])
+    places, existing = np.arange(TOKENS), 120 + 10 * np.arange(rows)[:, None]
+    sides = {"right": places < existing, "left": places >= TOKENS - existing}
+    options["kv_mask"] = sides.get(options.get("kv_mask"))
+    # Queries of padding may see nothing; nothing reads them.
+    read = options["kv_mask"] if "causal" in mask else np.ones((rows, TOKENS), bool)
+    return parts, options, jnp.asarray(read)[:, :, None, None]
+
+
+def both_ways(function, parts, options, read):
+    """The result where it is read, and the gradient of a function of it."""
+
+    def weighed(*parts):
+        out = jnp.where(read, function(*parts, **options), 0)
+        return jnp.sum(jnp.sin(out)), out
+
+    return jax.jit(jax.grad(weighed, argnums=(0, 1, 2), has_aux=True))(*parts)
+
+
+def assert_close(ours, theirs):
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_kernels_equal_the_reference(mask, monkeypatch):
+    monkeypatch.setattr(splash, "_BLOCKS", (128,))  # two blocks, so that there is something to skip
+    case = inputs(mask)
+    expected = both_ways(reference, *case)
+    with compiling_for(kernel="splash"):
+        assert_close(both_ways(attention, *case), expected)
+    assert_close(both_ways(attention, *case), expected)
+    parts, options, read = case
+    called = functools.partial(flash_attention, implementation="xla", scale=0.25)
+    options = {"causal": False, "window_tokens": None} | options
+    assert_close(both_ways(called, parts, options, read), expected)
+
+
+@pytest.mark.parametrize("mask", ["padding", "causal, padding on the left"])
+@pytest.mark.parametrize("kernel", ["splash", "cudnn"])
+def test_kernels_split_over_samples_queries_and_heads(mask, kernel, monkeypatch):
+    monkeypatch.setattr(splash, "_BLOCKS", (128,))
+    monkeypatch.setattr(attention_module, "flash_attention", functools.partial(flash_attention, implementation="xla"))
+    monkeypatch.setattr(attention_module, "_cudnn_takes", lambda *_, **__: True)
+    case = inputs(mask)
+    with compiling_for(make_mesh(MeshConfig(data=2, sequence=2, tensor=2)), kernel=kernel):
+        found = both_ways(attention, *case)
+    assert_close(found, both_ways(reference, *case))
+
+
+def test_key_value_heads_that_tensor_does_not_divide_are_repeated():
+    parts, options, read = inputs("none", rows=1)
+    parts = [parts[0], *(part[:, :, :1] for part in parts[1:])]
+    with compiling_for(make_mesh(MeshConfig(data=1, sequence=2, tensor=4)), kernel="splash"):
+        found = both_ways(attention, parts, options, read)
+    assert_close(found, both_ways(reference, parts, options, read))
+
+
+def test_what_no_kernel_serves_is_done_by_xla(monkeypatch):
+    monkeypatch.setattr(splash, "attend", None)
+    parts, _, _ = inputs("none")
+    with compiling_for(kernel="splash"):
+        attention(*(part[:, :100] for part in parts))  # shorter than a block
+        attention(*parts, mask=jnp.ones((2, TOKENS, TOKENS), bool))
+        attention(*parts, bias=jnp.zeros((1, 4, TOKENS, TOKENS)))
+        attention(parts[0][:, -1:], *parts[1:], causal=True, query_offset=jnp.int32(TOKENS - 1))
+
+
+@pytest.mark.parametrize(
+    ("platform", "kind", "kernel", "few"),
+    [
+        ("tpu", "TPU v6 lite", "splash", FEW_TOKENS),
+        ("gpu", "NVIDIA H200", "cudnn", FEW_TOKENS),
+        ("gpu", "AMD Instinct MI300X", "xla", FEW_TOKENS),
+        ("cpu", "cpu", "xla", 0),
+    ],
+)
+def test_the_platform_that_is_compiled_for_decides(platform, kind, kernel, few, monkeypatch):
+    monkeypatch.setattr(Target, "device", SimpleNamespace(platform=platform, device_kind=kind))
+    mesh = make_mesh()
+    assert Target(mesh).chosen_kernel == kernel and Target(mesh).few_tokens_limit == few
+    assert Target().chosen_kernel == "xla"  # eight devices, and nothing said about them
+    assert Target(mesh, "xla", 3).chosen_kernel == "xla" and Target(mesh, "xla", 3).few_tokens_limit == 3
+
+
+def test_the_target_is_set_for_what_is_inside():
+    assert current() == Target()
+    with compiling_for(kernel="xla"), compiling_for(few_tokens=2) as inner:
+        assert current() == inner == Target(None, "auto", 2)
+    assert current() == Target()
+
+
+@pytest.mark.parametrize(("tokens", "block"), [(130, 256), (4608, 768), (4607, 768), (1025, 384), (7168, 512)])
+def test_blocks_pad_little(tokens, block):
+    assert splash.block_tokens(tokens) == block
