@@ -104,7 +104,7 @@ def test_long_lists_are_drawn_in_batches_of_one_shape(model, monkeypatch, capsys
         return begin(params, states, keys, **options)
 
     monkeypatch.setattr(sampler, "begin", spy)
-    drawn = list(model.draw(prompts, seed=5, sampling=SamplingConfig(2, guidance=3.0), batch_size=2))
+    drawn = list(model.draw(prompts, seed=5, sampling=SamplingConfig(2), batch_size=2))
     assert len(shapes) == 2 and shapes[0] == shapes[1] and shapes[0][0] == (2,) and shapes[0][1][1] > 32
     assert [each.text for each in drawn] == list(words)
     together = pixels(each.image for each in drawn)

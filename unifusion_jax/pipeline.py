@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import PIL.Image
 import tqdm
 
@@ -326,11 +327,12 @@ class UniFusion:
         phases = tuple(sampler.padded(states, condition.room) for states in condition.phases)
         batches = groups(len(seeds), batch_size)
         done, total, made = 0, len(batches) * sampling.steps, []
+        keys = jnp.stack([stream_key(seed, "noise") for seed in seeds])
+        noise, of_prompts = sampler.begin(self.params, phases, keys, model=self.model_config, cells=cells)
         for group in batches:
-            rows = [picture // images_per_prompt for picture in group]
-            states = tuple(jax.tree.map(lambda leaf, rows=rows: leaf[rows], each) for each in phases)
-            keys = jnp.stack([stream_key(seeds[picture], "noise") for picture in group])
-            latents, conditions = sampler.begin(self.params, states, keys, model=self.model_config, cells=cells)
+            pictures = np.asarray(group)
+            latents, rows = noise[pictures], pictures // images_per_prompt
+            conditions = jax.tree.map(lambda leaf, rows=rows: leaf[rows], of_prompts)
             for start in range(0, sampling.steps, chunk_steps):
                 stop = min(start + chunk_steps, sampling.steps)
                 latents = sampler.denoise(

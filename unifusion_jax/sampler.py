@@ -72,12 +72,12 @@ def begin(
     model: ModelConfig,
     cells: tuple[int, int],
 ) -> tuple[Float[Array, "B h w c"], tuple[Condition, ...]]:
-    """Returns the initial noise and the condition of every picture.
+    """Returns the initial noise of every picture, and the condition of every row of the states.
 
     Args:
       params: of the trained stack.
       states: one condition, or two to switch between, of equal shapes.
-      keys: of the noise, one a picture.
+      keys: of the noise, one a picture; several pictures may share a row of the states.
       model: sizes of the stack.
       cells: height and width of the latents.
     """
