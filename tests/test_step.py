@@ -15,6 +15,7 @@ from unifusion_jax.parallel.mesh import make_mesh
 from unifusion_jax.parallel.remat import remat
 from unifusion_jax.parallel.sharding import global_batch
 from unifusion_jax.training.config import TrainConfig
+from unifusion_jax.training.program import make_program
 from unifusion_jax.training.tasks import make_task
 
 WHOLE = {"slice": 2, "data": 1, "fsdp": 4}
