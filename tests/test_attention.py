@@ -70,6 +70,7 @@ def test_kernels_equal_the_reference(mask, monkeypatch):
     expected = both_ways(reference, *case)
     with compiling_for(kernel="splash"):
         assert_close(both_ways(attention, *case), expected)
+    monkeypatch.setattr(attention_module, "_BLOCK_TOKENS", 64)
     assert_close(both_ways(attention, *case), expected)
     parts, options, read = case
     called = functools.partial(flash_attention, implementation="xla", scale=0.25)
@@ -105,6 +106,21 @@ def test_what_no_kernel_serves_is_done_by_xla(monkeypatch):
         attention(*parts, mask=jnp.ones((2, TOKENS, TOKENS), bool))
         attention(*parts, bias=jnp.zeros((1, 4, TOKENS, TOKENS)))
         attention(parts[0][:, -1:], *parts[1:], causal=True, query_offset=jnp.int32(TOKENS - 1))
+
+
+def test_blocks_of_queries_have_their_own_masks_biases_and_places(monkeypatch):
+    monkeypatch.setattr(attention_module, "_BLOCK_TOKENS", 8)  # 19 queries: three blocks, the last one not full
+    parts = [part[:, :21] for part in inputs("none")[0]]
+    parts[0] = parts[0][:, :19]
+    random = jax.random.split(jax.random.key(1), 2)
+    mask, bias = jax.random.bernoulli(random[0], 0.7, (2, 19, 21)), jax.random.normal(random[1], (1, 4, 19, 21))
+    found = jax.jit(functools.partial(attention, causal=True))(*parts, mask=mask, bias=bias, query_offset=jnp.int32(2))
+    seen = (mask & (np.arange(21) <= np.arange(19)[:, None] + 2))[:, None]
+    key, value = (jnp.repeat(part, 2, axis=2) for part in parts[1:])
+    scores = jnp.einsum("bsae,bkae->bask", parts[0], key) / 4 + bias
+    weights = jax.nn.softmax(jnp.where(seen, scores, -1e30), axis=-1)
+    read = seen.any(axis=-1)[:, 0, :, None, None]  # a query that sees nothing returns some average
+    assert_close(jnp.where(read, found, 0), jnp.where(read, jnp.einsum("bask,bkae->bsae", weights, value), 0))
 
 
 @pytest.mark.parametrize(

@@ -328,16 +328,19 @@ class Stack(nnx.Module):
         """
         graphdef, params = nnx.split(self.blocks)
         length = self.depth if length is None else length
-        if length < self.depth:
-            params = jax.tree.map(lambda leaf: leaf[:length], params)
+        whole = length == self.depth
 
         def body(carry: PyTree, inputs: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
-            layer_params, x = inputs
+            layer, x = inputs
+            if not whole:
+                layer = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False), params)
             if remat:
                 carry = jax.tree.map(lambda leaf: checkpoint_name(leaf, BLOCK_INPUT), carry)
-            return apply(nnx.merge(graphdef, layer_params), carry, x)
+            return apply(nnx.merge(graphdef, layer), carry, x)
 
-        return jax.lax.scan(remat(body) if remat else body, carry, (params, xs), length=length)
+        # Some of the blocks are looked up one by one: cutting them off the stack would copy the weights of them all.
+        layers = params if whole else jnp.arange(length)
+        return jax.lax.scan(remat(body) if remat else body, carry, (layers, xs), length=length)
 
     def chosen(self, numbers: Sequence[int], apply: Callable[[Any, Any], PyTree], xs: PyTree) -> PyTree:
         """Returns `apply(block, x)` of the blocks with these numbers (from 0), each with its own x, all at once.

@@ -10,6 +10,7 @@ gathered along that axis, and their gradients are summed over it.
 Letters: B batch, S queries, K keys, A query heads, G key-value heads, E head dimension.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -24,6 +25,8 @@ from unifusion_jax.parallel.sharding import activation_spec
 _CUDNN_LARGEST_HEAD, _CUDNN_HEAD_MULTIPLE = 128, 8
 # Shorter sequences fill no block of a kernel.
 _LEAST_KERNEL_TOKENS = 128
+# On CPU, where no kernel keeps the scores of all queries from being written out, longer sequences are worked on in blocks.
+_BLOCK_TOKENS = 256
 
 
 def attention(
@@ -76,8 +79,40 @@ def attention(
         )
     if kernel == "cudnn" and _cudnn_takes(query, key, ordered=causal or window_tokens is not None):
         return _on_shards(query, key, value, kv_mask, causal, window_tokens, factor, aim.mesh)
-    visible = _visible(query.shape[1], key.shape[1], causal, window_tokens, kv_mask, mask, query_offset)
-    return jax.nn.dot_product_attention(query, key, value, bias=bias, mask=visible, scale=scale, implementation="xla")
+
+    def attend(query: jax.Array, mask: jax.Array | None, bias: jax.Array | None, offset: int | jax.Array) -> jax.Array:
+        visible = _visible(query.shape[1], key.shape[1], causal, window_tokens, kv_mask, mask, offset)
+        return jax.nn.dot_product_attention(
+            query, key, value, bias=bias, mask=visible, scale=scale, implementation="xla"
+        )
+
+    if aim.device.platform == "cpu" and query.shape[1] > _BLOCK_TOKENS:
+        return _in_blocks(attend, query, mask, bias, query_offset)
+    return attend(query, mask, bias, query_offset)
+
+
+def _in_blocks(
+    attend: Callable[..., jax.Array],
+    query: Float[Array, "B S A E"],
+    mask: Bool[Array, "B S K"] | None,
+    bias: Float[Array, "#B A S K"] | None,
+    offset: int | Int[Array, ""],
+) -> Float[Array, "B S A E"]:
+    """Calls `attend(query, mask, bias, offset)` for one block of queries after another: only its scores are held."""
+    tokens = query.shape[1]
+    blocks = -(-tokens // _BLOCK_TOKENS)
+    size = -(-tokens // blocks)
+
+    def cut(x: jax.Array | None, axis: int) -> jax.Array | None:
+        if x is None:
+            return None
+        around = [(0, 0)] * x.ndim
+        around[axis] = (0, blocks * size - tokens)
+        return jnp.moveaxis(jnp.pad(x, around).reshape(*x.shape[:axis], blocks, size, *x.shape[axis + 1 :]), axis, 0)
+
+    parts = (cut(query, 1), cut(mask, 1), cut(bias, 2), offset + size * jnp.arange(blocks))
+    done = jnp.moveaxis(jax.lax.map(lambda part: attend(*part), parts), 0, 1)
+    return done.reshape(query.shape[0], blocks * size, *query.shape[2:])[:, :tokens]
 
 
 def _spec(query: Float[Array, "B S A E"], mesh: Mesh) -> PartitionSpec:
