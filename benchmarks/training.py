@@ -79,11 +79,11 @@ def ours(
     """Takes steps of the trainer."""
     import jax
 
+    from unifusion_jax.parallel.chips import peak_flops
     from unifusion_jax.parallel.host_memory import cpu_expected, keep_freed_blocks
     from unifusion_jax.parallel.mesh import MeshConfig, make_mesh
     from unifusion_jax.training.config import TrainConfig
     from unifusion_jax.training.flops import dit_flops
-    from unifusion_jax.training.metrics import peak_flops
     from unifusion_jax.training.program import make_program
 
     if cpu_expected():

@@ -57,6 +57,6 @@ require() {
 # One shell word list that trains, quoted for another shell.
 train_command() {
   local word words=(python -m unifusion_jax.train "--config=$config" "--workdir=$workdir")
-  words+=("${train_arguments[@]}")
+  words+=(${train_arguments[@]+"${train_arguments[@]}"})  # older shells call an empty array unset
   for word in "${words[@]}"; do printf '%q ' "$word"; done
 }

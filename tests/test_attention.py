@@ -42,10 +42,11 @@ def inputs(mask, rows=2):
     options = dict(MASKS[mask])
     places, existing = np.arange(TOKENS), 120 + 10 * np.arange(rows)[:, None]
     sides = {"right": places < existing, "left": places >= TOKENS - existing}
-    options["kv_mask"] = sides.get(options.get("kv_mask"))
+    exists = sides.get(options.get("kv_mask"))
+    options["kv_mask"] = None if exists is None else jnp.asarray(exists)
     # Queries of padding may see nothing; nothing reads them.
-    read = options["kv_mask"] if "causal" in mask else np.ones((rows, TOKENS), bool)
-    return parts, options, jnp.asarray(read)[:, :, None, None]
+    read = options["kv_mask"] if "causal" in mask else jnp.ones((rows, TOKENS), bool)
+    return parts, options, read[:, :, None, None]
 
 
 def both_ways(function, parts, options, read):

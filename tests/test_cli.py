@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import PIL.Image
 import pytest
-from commands import ENVIRONMENT, call, command
+from commands import ENVIRONMENT, Process, call, command
 from test_training import logged
 
 from unifusion_jax.analysis import FIGURES
@@ -28,17 +28,17 @@ def trained(frozen, tmp_path_factory):
 
 
 def test_a_run_killed_at_any_time_and_restarted_logs_the_same_losses(trained, frozen, tmp_path):
-    arguments = command("train", f"--config={CONFIG}:{frozen}", f"--workdir={tmp_path / 'run'}")
+    arguments = ["train", f"--config={CONFIG}:{frozen}", f"--workdir={tmp_path / 'run'}"]
     metrics = tmp_path / "run/metrics.jsonl"
     for lines in (3, 11):
-        process = subprocess.Popen(arguments, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = Process(*arguments)
         deadline = time.monotonic() + 240
         while not (metrics.exists() and len(metrics.read_text().splitlines()) >= lines):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
         process.wait()
-    assert subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, timeout=300).returncode == 0
+    assert call(*arguments).returncode == 0
     assert logged(tmp_path / "run") == logged(trained)
 
 

@@ -4,14 +4,12 @@ import json
 import os
 import resource
 import signal
-import subprocess
-import sys
-import textwrap
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from commands import call
 from line_task import LineTask, get_config
 from test_training import assert_same, logged
 
@@ -132,7 +130,6 @@ def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(tmp_path):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-sys.path.insert(0, "tests")
 import test_faults
 from unifusion_jax.training.checkpoints import Checkpoints
 
@@ -152,9 +149,9 @@ checkpoints.close()
 
 
 def test_a_process_killed_while_it_saves_leaves_the_last_checkpoint(tmp_path):
-    environment = os.environ | {"PYTHONPATH": os.getcwd()}
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(KILLED), str(tmp_path)], env=environment, timeout=300)
-    assert done.returncode == -signal.SIGKILL
+    (tmp_path / "killed.py").write_text(KILLED)
+    done = call(str(tmp_path / "killed.py"), str(tmp_path))
+    assert done.returncode == -signal.SIGKILL, done.stderr
     assert len(list((tmp_path / "checkpoints").iterdir())) == 2  # the second is half made
     assert checkpoint_steps(tmp_path) == [1]
     checkpoints = Checkpoints(tmp_path)

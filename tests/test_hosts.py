@@ -1,16 +1,16 @@
 """Several processes on this machine, joined over 127.0.0.1 (Gloo collectives), one fake device each."""
 
-import os
+import contextlib
+import random
 import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import jax
 import pytest
+from commands import Process
 from line_task import LineTask
 from test_faults import parsed, train
 from test_training import assert_same, logged
@@ -21,33 +21,47 @@ from unifusion_jax.parallel.sharding import host_rows
 from unifusion_jax.training.checkpoints import checkpoint_steps
 from unifusion_jax.training.loop import fit
 
-ENVIRONMENT = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": os.getcwd()}
+SCRIPT = "tests/line_task.py"
+SLURM_PORTS = range(61440, 65536)
 
 
-def start(count, workdir, *arguments, script="tests/line_task.py", **environment):
-    """Starts the processes of a run; their output goes to files beside the workdir."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+def output_of(workdir, number):
+    return workdir.parent / f"{workdir.name}.{number}.txt"
+
+
+def start(count, workdir, *arguments, slurm=False, **environment):
+    """Starts the processes of a run, who learn by flags or as from Slurm who is who; their output goes beside the workdir."""
+    port = free_port()
+    told_by_flags = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}"]
+    # JAX derives the coordinator's port from the number of the job.
+    told_by_slurm = {"SLURM_JOB_ID": str(port - SLURM_PORTS[0]), "SLURM_STEP_NODELIST": "127.0.0.1,other"}
     processes = []
     for number in range(count):
-        command = [
-            *(sys.executable, script, "--config=tests/line_task.py", f"--workdir={workdir}", *arguments),
-            *(f"--coordinator={coordinator}", f"--num_processes={count}", f"--process_id={number}"),
-        ]
-        with (workdir.parent / f"{workdir.name}.{number}.txt").open("w") as output:
-            processes.append(subprocess.Popen(command, env=ENVIRONMENT | environment, stdout=output, stderr=output))
+        flags = [] if slurm else [*told_by_flags, f"--process_id={number}"]
+        ranks = dict.fromkeys(("SLURM_PROCID", "SLURM_LOCALID"), str(number)) | {"SLURM_NTASKS": str(count)}
+        variables = environment | (told_by_slurm | ranks if slurm else {})
+        given = [f"--config={SCRIPT}", f"--workdir={workdir}", *flags, *arguments]
+        processes.append(Process(SCRIPT, *given, outputs=[output_of(workdir, number)], **variables))
     return processes
+
+
+def free_port():
+    """A port that is free now, of those that JAX takes under Slurm."""
+    for port in random.sample(SLURM_PORTS, len(SLURM_PORTS)):
+        with contextlib.suppress(OSError), socket.socket() as tried:
+            tried.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no port is free")
 
 
 def finish(processes, workdir):
     """Waits for all; returns their exit statuses and what they said."""
     try:
-        statuses = [process.wait(timeout=300) for process in processes]
+        statuses = [process.wait() for process in processes]
     finally:
         for process in processes:
             process.kill()
-    return statuses, [(workdir.parent / f"{workdir.name}.{n}.txt").read_text() for n in range(len(processes))]
+    return statuses, [output_of(workdir, number).read_text() for number in range(len(processes))]
 
 
 def wait_for_steps(processes, workdir, lines=2):
@@ -115,7 +129,7 @@ SLOW = ("--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.total_steps=10
 
 def test_sigterm_to_one_process_makes_all_save_and_exit_alike(alone, tmp_path):
     workdir = tmp_path / "run"
-    processes = start(2, workdir, *SLOW, ROW_S="0.02")
+    processes = start(2, workdir, *SLOW, slurm=True, ROW_S="0.02")
     wait_for_steps(processes, workdir)
     processes[1].send_signal(signal.SIGTERM)
     statuses, said = finish(processes, workdir)

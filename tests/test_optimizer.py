@@ -69,6 +69,20 @@ def test_muon_leaves_other_parameters_to_adamw(params, gradients):
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_the_first_moment_may_take_16_bits(params, gradients, name):
+    found, sizes = [], []
+    for dtype in ("float32", "bfloat16"):
+        tx = make_optimizer(muon(name=name, first_moment_dtype=dtype), total_steps=10)
+        kept = [leaf.dtype for leaf in jax.tree.leaves(tx.init(params)) if leaf.ndim]
+        sizes.append((kept.count(jnp.float32), kept.count(jnp.bfloat16)))
+        found.append(step_of(None, params, gradients, tx=tx))
+    (moments, _), (others, halved) = sizes
+    assert halved == len(jax.tree.leaves(params)) and others == moments - halved
+    for one, other in zip(*map(jax.tree.leaves, found), strict=True):
+        assert float(jnp.abs(one - other).max()) < 0.02 * float(jnp.abs(one).max())  # bfloat16 has 8 bits
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_only_kernels_decay(params, name):
     params = jax.tree.map(jnp.ones_like, params)
     updates = step_of(muon(name=name, weight_decay=0.5), params, jax.tree.map(jnp.zeros_like, params))

@@ -2,12 +2,11 @@ import dataclasses
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import pytest
+from commands import call
 from training_support import tiny_config
 
 from unifusion_jax.config import from_mapping
@@ -21,7 +20,6 @@ from unifusion_jax.training.planning import plan
 from unifusion_jax.training.search import cheapest_remat
 
 ROOT = Path(__file__).parents[1]
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
 MESHES = {
     "fsdp_128": MeshConfig(data=1, fsdp=128),
     "slices": MeshConfig(slice=2, data=1, fsdp=32, sequence=2, tensor=4),
@@ -59,17 +57,11 @@ def test_a_plan_reads_as_text(found):
 
 
 def test_a_step_that_does_not_fit_ends_in_status_1(found, frozen):
-    config = f"--config={ROOT}/tests/tiny_run.py:{frozen}"
-    command = [
-        sys.executable,
-        "-m",
-        "unifusion_jax.plan",
-        config,
-        "--json",
-        "--hbm_gib=0.0001",
-        "--config.batch_size=8",
-    ]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    # The step of `found`, whose program lies in the cache.
+    keys = {"batch_size": 8, "total_steps": 10, "mesh.data": 1, "mesh.fsdp": 8}
+    given = [f"--config.{name}={value}" for name, value in keys.items()]
+    config = f"--config=tests/tiny_run.py:{frozen}"
+    done = call("plan", config, *given, "--json", "--hbm_gib=0.0001", XLA_FLAGS=os.environ["XLA_FLAGS"])
     assert done.returncode == 1, done.stderr
     answer = json.loads(done.stdout)
     assert answer.keys() == dataclasses.asdict(found).keys()

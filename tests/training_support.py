@@ -15,6 +15,13 @@ from unifusion_jax.encoders.vision import VisionConfig
 from unifusion_jax.training.config import TrainConfig
 
 VOCAB = 480
+# Changes of `tiny_config` that compute the same by other means: in parts, computed again, on a mesh that splits the model.
+# Tests share it, since what one compiled the others need not.
+SPLIT = {
+    "mesh": {"data": 1, "fsdp": 2, "sequence": 2, "tensor": 2},
+    "accumulate_steps": 2,
+    "remat": "full",
+}
 
 
 def write_frozen(folder: Path) -> None:

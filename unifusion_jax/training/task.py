@@ -42,10 +42,6 @@ class Objective(Protocol):
         """Returns the loss of a batch with its draws, and metrics as (sum, weight)."""
         ...
 
-    def static(self, bucket: Bucket) -> Any:
-        """Returns what `loss` needs to know of a bucket besides array shapes; each different value is one compilation."""
-        ...
-
 
 @runtime_checkable
 class Task(Objective, Protocol):
@@ -56,6 +52,10 @@ class Task(Objective, Protocol):
     """
 
     flops_per_sample: float | None
+
+    def static(self, bucket: Bucket) -> Any:
+        """Returns what `loss` needs to know of a bucket besides array shapes; each different value is one compilation."""
+        ...
 
     def batches(self) -> BatchIterator:
         """Opens this host's share of the data."""
