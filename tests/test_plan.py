@@ -147,4 +147,15 @@ ENTRY %main (a: f32[8,4]) -> f32[8,4] {
   %scattered = f32[2,4]{1,0} reduce-scatter(%loop), channel_id=3, replica_groups=[1,4]<=[4], dimensions={0}
 }
 """
-    assert collective_bytes(text) == {"all-gather": 5 * 128, "all-reduce": 5 * 2 * 16, "reduce-scatter": 128}
+    sent = {"all-gather": 5 * 128, "all-reduce": 5 * 2 * 16, "reduce-scatter": 128}
+    assert collective_bytes(text) == sent
+    noted = ', backend_config={"known_trip_count":{"n":"5"}}'
+    compared = """%cond (c: (f32[8,4], s32[])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(5)
+  %count = s32[]{:T(128)} get-tuple-element(%c), index=1
+  ROOT %lt = pred[]{:T(512)} compare(%count, %limit), direction=LT
+}
+
+ENTRY"""
+    assert collective_bytes(text.replace(noted, "").replace("ENTRY", compared)) == sent
+    assert collective_bytes(text.replace(noted, "")) == sent | {"all-gather": 128, "all-reduce": 2 * 16}

@@ -2,7 +2,10 @@
 
 import collections
 import json
+import logging
 import re
+
+log = logging.getLogger(__name__)
 
 _BITS = {"pred": 8, "s8": 8, "u8": 8, "bf16": 16, "f16": 16, "s16": 16, "u16": 16, "f32": 32, "s32": 32, "u32": 32}
 _BITS |= {"f64": 64, "s64": 64, "u64": 64, "s4": 4, "u4": 4}
@@ -14,6 +17,9 @@ _CALLED = re.compile(r"(body|calls|to_apply|true_computation|false_computation)=
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]*)\})")
 _TRIPS = re.compile(r'"known_trip_count":(\{[^}]*\})')
+_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
+_CONSTANT = re.compile(r"%?([\w.\-]+) = [su]\d+\[\]\S* constant\((\d+)\)")
+_BELOW = re.compile(r"ROOT .*compare\((.*?)\), direction=LT")
 
 
 def collective_bytes(text: str) -> dict[str, int]:
@@ -23,8 +29,11 @@ def collective_bytes(text: str) -> dict[str, int]:
       text: the compiled program, `jax.stages.Compiled.as_text()`.
 
     Of a collective the larger of its operand and its result is counted, which is what a ring moves up to a factor of
-    (n - 1) / n, and twice that for an all-reduce. Loops count as often as they run, where the compiler knows it.
+    (n - 1) / n, and twice that for an all-reduce. Loops count as often as they run: as the compiler notes it, or up to the number
+    that the loop's counter, which starts at 0 as that of `jax.lax.scan` does, is compared with. Others count once, with a
+    warning.
     """
+    limits = _limits(text)
     own: dict[str, collections.Counter[str]] = {}
     calls: dict[str, list[tuple[str, int]]] = {}
     entry, name = "", ""
@@ -38,7 +47,7 @@ def collective_bytes(text: str) -> dict[str, int]:
         operation = _OPERATION.search(line)
         if operation and name:
             own[name][operation[2]] += _moved(line, operation)
-        for called, times in _called(line):
+        for called, times in _called(line, limits):
             calls.setdefault(name, []).append((called, times))
 
     def total(name: str, done: dict[str, collections.Counter[str]]) -> collections.Counter[str]:
@@ -74,9 +83,32 @@ def _size(kind: str, shape: str) -> int:
     return count * bits // 8
 
 
-def _called(line: str) -> list[tuple[str, int]]:
-    trips = _TRIPS.search(line)
-    times = int(json.loads(trips[1])["n"]) if trips else 1
+def _limits(text: str) -> dict[str, int]:
+    """Returns what each computation that ends in `counter < constant`, as a loop's condition does, compares with."""
+    limits: dict[str, int] = {}
+    name, constants = "", {}
+    for line in text.splitlines():
+        found = _COMPUTATION.match(line)
+        if found:
+            name, constants = found[2], {}
+        constant, below = _CONSTANT.search(line), _BELOW.search(line)
+        if constant:
+            constants[constant[1]] = int(constant[2])
+        if below:
+            for operand in re.findall(r"%([\w.\-]+)", below[1])[1:]:
+                limits[name] = constants.get(operand, 1)
+    return limits
+
+
+def _called(line: str, limits: dict[str, int]) -> list[tuple[str, int]]:
+    times = 1
+    condition, trips = _CONDITION.search(line), _TRIPS.search(line)
+    if trips:
+        times = int(json.loads(trips[1])["n"])
+    elif condition and condition[1] in limits:
+        times = limits[condition[1]]
+    elif condition:
+        log.warning("It is not known how often the loop %s runs; what it sends is counted once.", condition[1])
     called = [(name, times if role == "body" else 1) for role, name in _CALLED.findall(line)]
     for names in _BRANCHES.findall(line):
         called += [(name.strip().lstrip("%"), 1) for name in names.split(",")]
