@@ -96,7 +96,8 @@ def _limits(text: str) -> dict[str, int]:
             constants[constant[1]] = int(constant[2])
         if below:
             for operand in re.findall(r"%([\w.\-]+)", below[1])[1:]:
-                limits[name] = constants.get(operand, 1)
+                if operand in constants:
+                    limits[name] = constants[operand]
     return limits
 
 
