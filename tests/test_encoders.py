@@ -25,7 +25,7 @@ from encoders_support import (
 from flax import nnx
 
 from unifusion_jax import encoders
-from unifusion_jax.encoders import Encoder, EncoderBatch, InternVLConfig, Prompt
+from unifusion_jax.encoders import Encoder, EncoderBatch, InternVLConfig, Prompt, vision
 from unifusion_jax.encoders.decoder import DecoderConfig
 from unifusion_jax.encoders.encoder import abstract_model
 from unifusion_jax.encoders.vision import VisionConfig, pixel_shuffle
@@ -93,6 +93,13 @@ def test_padding_on_the_left_changes_nothing(loaded, runs):
     np.testing.assert_allclose(ours[left.mask], states[right.mask], atol=2e-5)
     theirs, _ = reference_run(reference("grouped"), left, positions=np.maximum(left.mask.cumsum(axis=1) - 1, 0))
     assert relative_error(ours, theirs, left.mask) < 1e-4
+
+
+def test_large_tiles_go_through_the_tower_one_by_one(loaded, runs, monkeypatch):
+    encoder, (batch, every) = loaded["grouped"], runs["grouped"]
+    monkeypatch.setattr(vision, "_LARGE_IMAGE_TOKENS", 1)
+    states = jax.jit(lambda params, batch: encoder.module(params).states(batch, (2,)))(encoder.params, batch)
+    np.testing.assert_allclose(states[batch.mask], every[:, :, (2,)][batch.mask], atol=1e-5)
 
 
 def test_any_subset_of_layers_in_any_order(loaded, runs):

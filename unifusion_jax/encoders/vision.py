@@ -14,8 +14,12 @@ from jaxtyping import Array, Float
 
 from unifusion_jax import layers as nn
 from unifusion_jax.encoders.decoder_config import ACTIVATIONS
+from unifusion_jax.parallel import target
 from unifusion_jax.parallel.attention import attention
 from unifusion_jax.parallel.sharding import constrain
+
+# From this many tokens an image on, a CPU does one image at a time.
+_LARGE_IMAGE_TOKENS = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,6 +199,12 @@ class VisionTower(nnx.Module):
 
     def __call__(self, pixels: Float[Array, "B h w 3"], *, remat: nn.Remat | None = None) -> Float[Array, "B tokens W"]:
         """Returns the states of the CLS token, if there is one, and of the patches, row by row."""
+        if target.current().device.platform != "cpu" or self.positions.shape[1] < _LARGE_IMAGE_TOKENS:
+            return self._states(pixels, remat)
+        # On a CPU all that a block computes is written out; large images are no slower one by one, and take less memory.
+        return jax.lax.map(lambda image: self._states(image[None], remat)[0], pixels)
+
+    def _states(self, pixels: Float[Array, "B h w 3"], remat: nn.Remat | None) -> Float[Array, "B tokens W"]:
         x = self.patch(pixels.astype(self.patch.kernel[...].dtype))
         x = x.reshape(x.shape[0], -1, x.shape[-1])
         if self.config.cls:
