@@ -102,11 +102,17 @@ def test_key_value_heads_that_tensor_does_not_divide_are_repeated():
 def test_what_no_kernel_serves_is_done_by_xla(monkeypatch):
     monkeypatch.setattr(splash, "attend", None)
     parts, _, _ = inputs("none")
-    with compiling_for(kernel="splash"):
+
+    def calls(*parts):
         attention(*(part[:, :100] for part in parts))  # shorter than a block
         attention(*parts, mask=jnp.ones((2, TOKENS, TOKENS), bool))
         attention(*parts, bias=jnp.zeros((1, 4, TOKENS, TOKENS)))
         attention(parts[0][:, -1:], *parts[1:], causal=True, query_offset=jnp.int32(TOKENS - 1))
+
+    with compiling_for(kernel="splash"):
+        jax.eval_shape(calls, *parts)
+        with pytest.raises(TypeError):
+            jax.eval_shape(attention, *parts)
 
 
 def test_blocks_of_queries_have_their_own_masks_biases_and_places(monkeypatch):

@@ -16,6 +16,7 @@ from flax import nnx
 from unifusion_jax import autoencoders
 from unifusion_jax.autoencoders import Autoencoder, AutoencoderKLConfig, blocks
 from unifusion_jax.autoencoders.loss import _gradient_error
+from unifusion_jax.parallel.mesh import MeshConfig, make_mesh
 
 DOWN, UP = "DownEncoderBlock2D", "UpDecoderBlock2D"
 TINY = AutoencoderKLConfig(z_channels=3, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=2)
@@ -29,10 +30,11 @@ def tiny():
 def test_bfloat16_and_mesh(tmp_path):
     tiny().save(tmp_path)
     exact = autoencoders.load(tmp_path)
-    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
-    half = autoencoders.load(tmp_path, dtype="bfloat16", mesh=mesh)
-    leaf = jax.tree.leaves(half.params)[0]
-    assert leaf.dtype == jnp.bfloat16 and leaf.sharding.is_fully_replicated
+    half = autoencoders.load(tmp_path, dtype="bfloat16", mesh=make_mesh(MeshConfig(data=2, fsdp=4)))
+    first, last = (half.params["encoder"][name]["kernel"] for name in ("conv_in", "conv_out"))
+    assert first.dtype == jnp.bfloat16
+    assert first.shape[-1] == 8 and first.sharding.shard_shape(first.shape)[-1] == 2
+    assert last.shape[-1] == 6 and last.sharding.is_fully_replicated  # what fsdp does not divide stays whole
     images = np.random.default_rng(0).uniform(-1, 1, (2, 8, 8, 3)).astype(np.float32)
     latents = half.encode(images)
     assert latents.dtype == jnp.float32
