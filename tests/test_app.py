@@ -29,13 +29,8 @@ def model(frozen):
 
 @pytest.fixture(scope="module")
 def server(model, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
-    blocks = web.build(model, folder, LIMITS)
-    _, url, _ = blocks.launch(
-        prevent_thread_lock=True, server_name="127.0.0.1", allowed_paths=[str(folder)], quiet=True, inbrowser=False,
-        max_file_size=LIMITS.picture_mb << 20, show_error=True,
-    )  # fmt: skip
-    yield url
+    blocks = web.serve(model, tmp_path_factory.mktemp("pictures"), LIMITS, wait=False)
+    yield blocks.local_url
     blocks.close()
 
 

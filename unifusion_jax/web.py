@@ -64,32 +64,40 @@ class Page:
     limits: Limits
     folder: Path
 
-    def look_at(self, files: Sequence[str] | None) -> list[PIL.Image.Image]:
-        """Reads uploaded files. Raises `gr.Error` for what is no picture, too large, or too many."""
+    def look_at(self, files: Sequence[str] | None, thumbnail_px: int | None = None) -> list[PIL.Image.Image]:
+        """Reads uploaded files, whole or small. Raises `gr.Error` for what is no picture, too large, or too many."""
         files = list(files or [])
         if len(files) > self.limits.pictures:
-            raise gr.Error(f"At most {self.limits.pictures} reference pictures, got {len(files)}.")
+            raise _mistake(f"At most {self.limits.pictures} reference pictures, got {len(files)}.")
+        read = []
         try:
-            return [images.load(file, max_pixels=self.limits.picture_pixels) for file in files]
+            for file in files:
+                read.append(images.load(file, max_pixels=self.limits.picture_pixels))
+                if thumbnail_px:
+                    read[-1].thumbnail((thumbnail_px, thumbnail_px))
         except (ValueError, OSError) as error:
-            raise gr.Error(_without_folders(str(error), files)) from error
+            raise _mistake(_without_folders(str(error), files)) from error
+        return read
 
     def request_of(self, prompt: str, files: Sequence[str] | None, *fields: Any) -> Request:
         """Makes a request of what the page's fields hold; `fields` are in the order of `FIELDS`."""
         values = dict(zip(FIELDS, fields, strict=True))
         keep, description = values.pop("keep"), values.pop("description")
         limits = self.limits
+        empty = [name for name in NUMBERS if values[name] is None]
+        if empty:
+            raise _mistake(f"Give a number for {' and '.join(empty)}.")
         for text in (prompt, description, values["system_prompt"]):
             if len(text or "") > limits.prompt_characters:
-                raise gr.Error(f"At most {limits.prompt_characters} characters, got {len(text)}.")
+                raise _mistake(f"At most {limits.prompt_characters} characters, got {len(text)}.")
         values |= {name: int(values[name]) for name in ("seed", "steps", "count")}
         if values["steps"] > limits.steps or values["count"] > limits.count:
-            raise gr.Error(f"At most {limits.steps} steps and {limits.count} pictures at once.")
+            raise _mistake(f"At most {limits.steps} steps and {limits.count} pictures at once.")
         tiles = int(values.pop("tiles") or 0)
         try:
             size = self.model.check_size(parse_size(values.pop("size")))
             if max(size) > limits.side_px:
-                raise gr.Error(f"Sides of at most {limits.side_px} px, got {size[0]}x{size[1]}.")
+                raise _mistake(f"Sides of at most {limits.side_px} px, got {size[0]}x{size[1]}.")
             return Request(
                 prompt or "",
                 self.look_at(files),
@@ -100,7 +108,7 @@ class Page:
                 **values,
             )
         except (ValueError, TypeError) as error:
-            raise gr.Error(str(error)) from error
+            raise _mistake(str(error)) from error
 
     def draw(self, *fields: Any) -> Iterator[tuple[Any, Any, str]]:
         """Draws; yields (description, files, progress as HTML) while it goes on. Closing it stops the sampling."""
@@ -115,7 +123,7 @@ class Page:
                 made = progress.images or []
                 yield gr.skip(), gr.skip(), _bar(progress.steps, progress.total_steps, "drawing")
         except ValueError as error:
-            raise gr.Error(str(error)) from error
+            raise _mistake(str(error)) from error
         self._forget_old()
         files = []
         for number, image in enumerate(made):
@@ -138,6 +146,12 @@ FIELDS = (
     *("mode", "rewrite", "keep", "description", "system_prompt", "seed", "count", "steps", "guidance", "size", "tiles"),
     *("switch", "solver", "temperature", "top_p"),
 )
+NUMBERS = ("seed", "count", "steps", "guidance", "switch", "temperature", "top_p")  # those that a user can leave empty
+
+
+def _mistake(message: str) -> gr.Error:
+    """Returns an error that the user is told; the server's console is spared its traceback."""
+    return gr.Error(message, print_exception=False)
 
 
 def _bar(steps: int, total: int, what: str) -> str:
@@ -154,8 +168,43 @@ def _without_folders(message: str, files: Sequence[str]) -> str:
     return message
 
 
+def serve(
+    model: UniFusion,
+    folder: Path,
+    limits: Limits | None = None,
+    *,
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    wait: bool = True,
+) -> gr.Blocks:
+    """Opens the page to a browser.
+
+    Args:
+      model: what draws.
+      folder: where pictures are written; whoever reaches the page can read what is in it.
+      limits: of each request.
+      host: address to listen on; by default only this machine is answered.
+      port: None takes a free one.
+      wait: until interrupted. Without, the page is served by a thread until its `close`.
+    """
+    limits = limits or Limits()
+    blocks = build(model, folder, limits)
+    blocks.launch(
+        server_name=host,
+        server_port=port,
+        max_file_size=limits.picture_mb << 20,
+        allowed_paths=[str(folder)],
+        prevent_thread_lock=not wait,
+        footer_links=["gradio", "settings"],
+        quiet=not wait,
+        share=False,
+        show_error=True,
+    )
+    return blocks
+
+
 def build(model: UniFusion, folder: Path, limits: Limits | None = None) -> gr.Blocks:
-    """Returns the page; `launch` it, or mount it in another application.
+    """Returns the page; `serve` opens it, or mount it in another application.
 
     Args:
       model: what draws.
@@ -168,55 +217,73 @@ def build(model: UniFusion, folder: Path, limits: Limits | None = None) -> gr.Bl
         gr.Markdown("# UniFusion\nOne vision-language model reads your words and pictures; what it describes is drawn.")
         with gr.Row():
             with gr.Column():
-                prompt = gr.Textbox(label="Prompt", lines=3, elem_id="prompt", max_length=limits.prompt_characters)
-                files = gr.File(
-                    label="Reference pictures", file_count="multiple", file_types=["image"], elem_id="pictures"
+                prompt = gr.Textbox(
+                    label="Prompt",
+                    placeholder="a large red circle on the left and a small blue star on the right",
+                    lines=3,
+                    max_length=limits.prompt_characters,
+                    elem_id="prompt",
                 )
-                seen = gr.Gallery(label="As they are read", interactive=False, columns=4, height=160, visible=False)
-                settings = _settings(model, limits)
+                files = gr.File(
+                    label=f"Reference pictures, at most {limits.pictures} (to edit, combine or vary)",
+                    file_count="multiple",
+                    file_types=["image"],
+                    height=140,
+                    elem_id="pictures",
+                )
+                seen = gr.Gallery(
+                    label="As they are read", interactive=False, columns=4, height=160, visible=False, elem_id="seen"
+                )
                 with gr.Row():
                     run = gr.Button("Draw", variant="primary", elem_id="draw")
                     cancel = gr.Button("Cancel", variant="stop", elem_id="cancel")
+                settings = _settings(model, limits)
             with gr.Column():
+                gallery = gr.Gallery(
+                    label="Pictures",
+                    columns=2,
+                    format="png",
+                    interactive=False,
+                    buttons=["download", "fullscreen"],
+                    elem_id="gallery",
+                )
                 progress = gr.HTML(elem_id="progress")
-                gallery = gr.Gallery(label="Pictures", columns=2, format="png", interactive=False, elem_id="gallery")
-        description = settings["description"]
+                settings |= _description(limits)
         inputs = [prompt, files, *(settings[name] for name in FIELDS)]
         started = gr.on(
             [run.click, prompt.submit],
             # Gradio asks whether it is a generator function itself.
             lambda *fields: (yield from page.draw(*fields)),  # pyright: ignore[reportReturnType]
             inputs,
-            [description, gallery, progress],
+            [settings["description"], gallery, progress],
             api_name="draw",
+            show_progress_on=gallery,
             concurrency_limit=1,
             concurrency_id="model",
         )
+        started.failure(lambda: "nothing was drawn", outputs=progress, queue=False, api_visibility="private")
         cancel.click(lambda: "cancelled", outputs=progress, cancels=[started], queue=False, api_name="cancelled")
+        # What was typed last counts: a changed description is drawn, a changed prompt gets a new one. The browser does this alone.
+        settings["description"].input(None, outputs=settings["keep"], js="() => true", api_visibility="private")
+        prompt.input(None, outputs=settings["keep"], js="() => false", api_visibility="private")
         files.change(lambda chosen: _shown(page, chosen), files, seen, api_name="look", queue=False)
     return blocks.queue(max_size=limits.waiting, api_open=False)
 
 
 def _shown(page: Page, files: Sequence[str] | None) -> Any:
     """Shows references as they are read, so that a bad file is told when it is dropped, not when all is filled in."""
-    read = page.look_at(files)
-    for image in read:
-        image.thumbnail((320, 320))
+    read = page.look_at(files, thumbnail_px=320)
     return gr.Gallery(value=read, visible=bool(read))
 
 
 def _settings(model: UniFusion, limits: Limits) -> dict[str, Any]:
-    """Lays out the fields of `FIELDS`."""
+    """Lays out the fields of `FIELDS` that say how to draw."""
     made: dict[str, Any] = {}
     choices = [
         ("by the pictures", modes.AUTO),
         *((f"{name}: {mode.about}", name) for name, mode in modes.MODES.items()),
     ]
     made["mode"] = gr.Dropdown(choices, value=modes.AUTO, label="Mode", elem_id="mode")
-    made["description"] = gr.Textbox(
-        label="Description that is drawn (VERIFI)", lines=4, elem_id="description", max_length=limits.prompt_characters
-    )
-    made["keep"] = gr.Checkbox(False, label="Draw this description as it stands, do not write another", elem_id="keep")
     with gr.Row():
         made["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1, elem_id="seed")
         made["count"] = gr.Slider(1, limits.count, 1, step=1, label="Pictures", elem_id="count")
@@ -243,3 +310,19 @@ def _settings(model: UniFusion, limits: Limits) -> dict[str, Any]:
         made["switch"] = gr.Slider(0.0, 1.0, 0.15, step=0.01, label="Share of steps under the picture (zero_shot_edit)")
         made["solver"] = gr.Radio(["euler", "heun"], value="euler", label="Solver")
     return made
+
+
+def _description(limits: Limits) -> dict[str, Any]:
+    """Lays out the description and what is to be done with it."""
+    return {
+        "description": gr.Textbox(
+            label="Description that was drawn (written by the model, VERIFI)",
+            placeholder="What the model makes of your prompt; change it and draw that.",
+            lines=4,
+            max_length=limits.prompt_characters,
+            elem_id="description",
+        ),
+        "keep": gr.Checkbox(
+            False, label="Draw the description above as it stands, do not write another", elem_id="keep"
+        ),
+    }
