@@ -13,7 +13,7 @@ from unifusion_jax import Prompt, images, web
 
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 LIMITS = web.Limits(pictures=2, picture_mb=1, side_px=128, steps=4000, waiting=1)
-WAIT_MS = 120_000
+WAIT_MS = 300_000
 HOW = {"steps": 2, "guidance": 2.0, "size": 64}
 
 
@@ -72,7 +72,7 @@ def ask(page, prompt, *, description="", seed=0, steps=2):
         expect(page.locator("#keep input")).to_be_checked()
     for name, value in {"seed": seed, "steps": steps, "guidance": 2}.items():
         page.fill(f"#{name} input[type=number]", str(value))
-    page.get_by_text("More", exact=True).click()
+    page.get_by_text("More settings", exact=True).click()
     page.fill("#size input, #size textarea", "64")
     page.click("#draw")
 
@@ -140,7 +140,7 @@ def test_a_bad_upload_is_told_and_the_page_goes_on(visit, tmp_path):
     ask(page, "make it blue", description="A blue star.")
     says(page, "nothing was drawn")
     assert page.locator("#gallery img").count() == 0
-    page.get_by_label("Clear").first.click()
+    page.locator("#pictures").get_by_label("Clear").last.click()
     page.set_input_files("#pictures input[type=file]", tmp_path / "fine.png")
     page.click("#draw")
     drawn(page, tmp_path)

@@ -22,6 +22,8 @@ from unifusion_jax.request import Request, parse_size
 
 # Finished pictures are kept this long for the page to show; Gradio keeps copies of its own as long.
 _KEEP_S = 6 * 3600
+# One reference would else be as wide as the column.
+_CSS = "#seen .grid-container { grid-template-columns: repeat(4, 1fr); }"
 _CHUNKS = 20  # into which the steps are cut: how fine the progress is, and how soon a request ends when it is cancelled
 
 
@@ -69,7 +71,7 @@ class Page:
         files = list(files or [])
         if len(files) > self.limits.pictures:
             raise _mistake(f"At most {self.limits.pictures} reference pictures, got {len(files)}.")
-        read = []
+        read: list[PIL.Image.Image] = []
         try:
             for file in files:
                 read.append(images.load(file, max_pixels=self.limits.picture_pixels))
@@ -156,7 +158,7 @@ def _mistake(message: str) -> gr.Error:
 
 def _bar(steps: int, total: int, what: str) -> str:
     return (
-        f'<progress value="{steps}" max="{total}" style="width: 100%"></progress>'
+        f'<progress value="{steps}" max="{total}" style="width: 100%; accent-color: var(--color-accent)"></progress>'
         f"<div>{html.escape(what)}: step {steps} of {total}</div>"
     )
 
@@ -197,6 +199,7 @@ def serve(
         prevent_thread_lock=not wait,
         footer_links=["gradio", "settings"],
         quiet=not wait,
+        css=_CSS,
         share=False,
         show_error=True,
     )
@@ -218,7 +221,7 @@ def build(model: UniFusion, folder: Path, limits: Limits | None = None) -> gr.Bl
         with gr.Row():
             with gr.Column():
                 prompt = gr.Textbox(
-                    label="Prompt",
+                    label="Prompt (Shift + Enter draws)",
                     placeholder="a large red circle on the left and a small blue star on the right",
                     lines=3,
                     max_length=limits.prompt_characters,
@@ -228,20 +231,28 @@ def build(model: UniFusion, folder: Path, limits: Limits | None = None) -> gr.Bl
                     label=f"Reference pictures, at most {limits.pictures} (to edit, combine or vary)",
                     file_count="multiple",
                     file_types=["image"],
-                    height=140,
+                    height=180,
                     elem_id="pictures",
                 )
                 seen = gr.Gallery(
-                    label="As they are read", interactive=False, columns=4, height=160, visible=False, elem_id="seen"
+                    label="As they are read",
+                    interactive=False,
+                    columns=4,
+                    object_fit="contain",
+                    buttons=[],
+                    visible=False,
+                    elem_id="seen",
                 )
                 with gr.Row():
-                    run = gr.Button("Draw", variant="primary", elem_id="draw")
-                    cancel = gr.Button("Cancel", variant="stop", elem_id="cancel")
+                    run = gr.Button("Draw", variant="primary", scale=3, elem_id="draw")
+                    cancel = gr.Button("Cancel", scale=1, min_width=120, elem_id="cancel")
                 settings = _settings(model, limits)
             with gr.Column():
                 gallery = gr.Gallery(
                     label="Pictures",
                     columns=2,
+                    height="auto",
+                    object_fit="contain",
                     format="png",
                     interactive=False,
                     buttons=["download", "fullscreen"],
@@ -263,7 +274,7 @@ def build(model: UniFusion, folder: Path, limits: Limits | None = None) -> gr.Bl
         )
         started.failure(lambda: "nothing was drawn", outputs=progress, queue=False, api_visibility="private")
         cancel.click(lambda: "cancelled", outputs=progress, cancels=[started], queue=False, api_name="cancelled")
-        # What was typed last counts: a changed description is drawn, a changed prompt gets a new one. The browser does this alone.
+        # What was typed last counts: a changed description is drawn, a changed prompt gets a new one.
         settings["description"].input(None, outputs=settings["keep"], js="() => true", api_visibility="private")
         prompt.input(None, outputs=settings["keep"], js="() => false", api_visibility="private")
         files.change(lambda chosen: _shown(page, chosen), files, seen, api_name="look", queue=False)
@@ -280,17 +291,18 @@ def _settings(model: UniFusion, limits: Limits) -> dict[str, Any]:
     """Lays out the fields of `FIELDS` that say how to draw."""
     made: dict[str, Any] = {}
     choices = [
-        ("by the pictures", modes.AUTO),
+        ("auto: text_to_image without pictures, edit with one, compose with several", modes.AUTO),
         *((f"{name}: {mode.about}", name) for name, mode in modes.MODES.items()),
     ]
     made["mode"] = gr.Dropdown(choices, value=modes.AUTO, label="Mode", elem_id="mode")
     with gr.Row():
         made["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1, elem_id="seed")
         made["count"] = gr.Slider(1, limits.count, 1, step=1, label="Pictures", elem_id="count")
+    with gr.Row():
         made["steps"] = gr.Slider(1, limits.steps, 30, step=1, label="Steps", elem_id="steps")
         made["guidance"] = gr.Slider(1.0, 15.0, 3.0, step=0.1, label="Guidance", elem_id="guidance")
     side = model.config.data.size_px
-    with gr.Accordion("More", open=False):
+    with gr.Accordion("More settings", open=False):
         made["size"] = gr.Textbox(
             f"{side}x{side}",
             label=f"Size, width x height in px (multiples of {model.multiple_of_px})",
