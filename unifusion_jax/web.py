@@ -274,10 +274,15 @@ def build(model: UniFusion, folder: Path, limits: Limits | None = None) -> gr.Bl
         )
         started.failure(lambda: "nothing was drawn", outputs=progress, queue=False, api_visibility="private")
         cancel.click(lambda: "cancelled", outputs=progress, cancels=[started], queue=False, api_name="cancelled")
-        # What was typed last counts: a changed description is drawn, a changed prompt gets a new one.
-        settings["description"].input(None, outputs=settings["keep"], js="() => true", api_visibility="private")
-        prompt.input(None, outputs=settings["keep"], js="() => false", api_visibility="private")
-        files.change(lambda chosen: _shown(page, chosen), files, seen, api_name="look", queue=False)
+        # Queued, since the browser shows only the errors of queued events.
+        files.change(
+            lambda chosen: _shown(page, chosen),
+            files,
+            seen,
+            api_name="look",
+            concurrency_limit=2,
+            concurrency_id="look",
+        )
     return blocks.queue(max_size=limits.waiting, api_open=False)
 
 
