@@ -274,7 +274,7 @@ def build(model: UniFusion, folder: Path, limits: Limits | None = None) -> gr.Bl
         )
         started.failure(lambda: "nothing was drawn", outputs=progress, queue=False, api_visibility="private")
         cancel.click(lambda: "cancelled", outputs=progress, cancels=[started], queue=False, api_name="cancelled")
-        # Queued, since the browser shows only the errors of queued events.
+        # A queue of its own: few pictures are decoded at once, and a mistake is told as those of drawing are.
         files.change(
             lambda chosen: _shown(page, chosen),
             files,
