@@ -13,14 +13,13 @@ of all decoded tokens, which is what it is for; theirs gets token ids. Prints on
 """
 
 import argparse
-import json
-import shutil
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from processes import machine, measure
+import processes
+from processes import in_turn, jax_platforms, machine, measure
 
 SIZES = {
     "tiny": {"width": 128, "layers": 4, "vocabulary": 2000},
@@ -117,19 +116,25 @@ def theirs(
 TASKS = {"make": make_model, "ours": ours, "theirs": theirs}
 
 
-def compare(arguments: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]:
-    """Measures one model."""
+def compare(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measures all models and returns what is printed."""
+    result: dict[str, Any] = {"benchmark": "decode", "machine": machine(), "dtype": arguments.dtype}
+    result |= {"batch": arguments.batch, "new_tokens": arguments.new_tokens, "device": arguments.device}
+    for name in arguments.model or SIZES:
+        with tempfile.TemporaryDirectory(prefix="unifusion-decode-") as folder:
+            result[name] = _model(arguments, name, folder)
+    return result
+
+
+def _model(arguments: argparse.Namespace, name: str, folder: str) -> dict[str, Any]:
     size, case = SIZES[name], {"rows": arguments.batch, "words": arguments.prompt_words}
-    made = measure(__file__, "make", {"folder": str(folder), **size, **case}, platform_name="cpu")
+    made = measure(__file__, "make", {"folder": folder, **size, **case}, platform_name="cpu")
     settings = {
-        "folder": str(folder), **case, "new_tokens": arguments.new_tokens, "dtype": arguments.dtype,
+        "folder": folder, **case, "new_tokens": arguments.new_tokens, "dtype": arguments.dtype,
         "device": arguments.device, "repeats": arguments.repeats,
     }  # fmt: skip
-    runs: dict[str, list[dict[str, Any]]] = {"ours": [], "theirs": []}
-    for _ in range(arguments.rounds):
-        for side, found in runs.items():
-            platform = {"ours": "cuda" if arguments.device == "gpu" else "cpu", "theirs": None}[side]
-            found.append(measure(__file__, side, settings, platform_name=platform))
+    sides = {"ours": settings, "theirs": settings}
+    runs = in_turn(__file__, sides, arguments.rounds, platforms=jax_platforms(arguments.device))
     seconds = {side: min(run["time_s"] for run in found) for side, found in runs.items()}
     ours_ids, their_ids = (runs[side][0]["token_ids"] for side in ("ours", "theirs"))
     lengths = [len(ids) for ids in ours_ids]
@@ -151,34 +156,14 @@ def compare(arguments: argparse.Namespace, name: str, folder: Path) -> dict[str,
 
 def main() -> None:
     """Parses the command line and prints the result."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = processes.option_parser(__doc__)
     parser.add_argument("--model", action="append", choices=sorted(SIZES), help="measure only this one; repeatable")
     parser.add_argument("--batch", type=int, default=8, help="prompts (default 8)")
     parser.add_argument("--prompt_words", type=int, default=48, help="words of a prompt (default 48)")
     parser.add_argument("--new_tokens", type=int, default=128, help="tokens to decode (default 128)")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of weights and states")
     parser.add_argument("--device", default="cpu", choices=["cpu", "gpu"], help="where both sides run (default cpu)")
-    parser.add_argument(
-        "--repeats", type=int, default=3, help="measured runs a process, after one to warm up (default 3)"
-    )
-    parser.add_argument(
-        "--rounds", type=int, default=2, help="processes a side, in turn; the best one counts (default 2)"
-    )
-    parser.add_argument("--task", choices=sorted(TASKS), help="internal: what a measuring process does")
-    parser.add_argument("--settings", default="{}", help="internal: its arguments as JSON")
-    arguments = parser.parse_args()
-    if arguments.task:
-        print(json.dumps(TASKS[arguments.task](**json.loads(arguments.settings))))
-        return
-    result: dict[str, Any] = {"benchmark": "decode", "machine": machine(), "dtype": arguments.dtype}
-    result |= {"batch": arguments.batch, "new_tokens": arguments.new_tokens, "device": arguments.device}
-    for name in arguments.model or SIZES:
-        folder = Path(tempfile.mkdtemp(prefix="unifusion-decode-"))
-        try:
-            result[name] = compare(arguments, name, folder)
-        finally:
-            shutil.rmtree(folder)
-    print(json.dumps(result))
+    processes.main(parser, TASKS, compare, repeats=3)
 
 
 if __name__ == "__main__":

@@ -17,14 +17,13 @@ block; ours ends with the last exported one, which is part of what is compared.
 """
 
 import argparse
-import json
-import shutil
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from processes import HostMemory, machine, measure
+import processes
+from processes import HostMemory, in_turn, jax_platforms, machine, measure
 
 IMAGE_TOKEN = 5
 
@@ -192,33 +191,30 @@ def error(first: str, second: str) -> dict[str, Any]:
 TASKS = {"make": make_model, "ours": ours, "theirs": theirs, "error": error}
 
 
-def compare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measures both cases and returns what is printed."""
     size = {"tile_px": arguments.tile_px, "vocabulary": arguments.vocabulary}
-    made = measure(
-        __file__, "make", {"folder": str(folder), "width": arguments.width, "layers": arguments.layers, **size}
-    )
     shapes = {
         "text": {"rows": arguments.batch, "tiles": 0, "text_tokens": arguments.text_tokens, **size},
         "image": {
             "rows": arguments.image_batch, "tiles": arguments.tiles, "text_tokens": arguments.image_text_tokens, **size,
         },
     }  # fmt: skip
-    result: dict[str, Any] = {"benchmark": "encoder", **made, "width": arguments.width, "layers": arguments.layers}
-    result |= {"dtype": arguments.dtype, "device": arguments.device, "machine": machine()}
-    for case in arguments.case or shapes:
-        result[case] = _case(arguments, folder, shapes[case])
-    return result
+    with tempfile.TemporaryDirectory(prefix="unifusion-encoder-") as folder:
+        model = {"folder": folder, "width": arguments.width, "layers": arguments.layers, **size}
+        result: dict[str, Any] = {"benchmark": "encoder", **measure(__file__, "make", model)}
+        result |= {"width": arguments.width, "layers": arguments.layers, "dtype": arguments.dtype}
+        result |= {"device": arguments.device, "machine": machine()}
+        return result | {case: _case(arguments, Path(folder), shapes[case]) for case in arguments.case or shapes}
 
 
 def _case(arguments: argparse.Namespace, folder: Path, shape: dict[str, int]) -> dict[str, Any]:
-    runs: dict[str, list[dict[str, Any]]] = {"ours": [], "theirs": []}
-    platforms = {"ours": "cuda" if arguments.device == "gpu" else "cpu", "theirs": None}
-    common = {"folder": str(folder), "batch": shape, "dtype": arguments.dtype, "device": arguments.device}
-    for _ in range(arguments.rounds):
-        for side, found in runs.items():
-            settings = {**common, "repeats": arguments.repeats, "states": str(folder / f"{side}.npy")}
-            found.append(measure(__file__, side, settings, platform_name=platforms[side]))
+    common = {
+        "folder": str(folder), "batch": shape, "dtype": arguments.dtype, "device": arguments.device,
+        "repeats": arguments.repeats,
+    }  # fmt: skip
+    settings = {side: common | {"states": str(folder / f"{side}.npy")} for side in ("ours", "theirs")}
+    runs = in_turn(__file__, settings, arguments.rounds, platforms=jax_platforms(arguments.device))
     seconds = {side: min(run["time_s"] for run in found) for side, found in runs.items()}
     working = {side: min(run["running_bytes"] - run["idle_bytes"] for run in found) for side, found in runs.items()}
     peak = {side: min(run["peak_bytes"] for run in found) for side, found in runs.items()}
@@ -238,7 +234,7 @@ def _case(arguments: argparse.Namespace, folder: Path, shape: dict[str, int]) ->
 
 def main() -> None:
     """Parses the command line and prints the result."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = processes.option_parser(__doc__)
     parser.add_argument(
         "--width", type=int, default=1024, help="width of tower and decoder, a multiple of 128 (default 1024)"
     )
@@ -253,23 +249,7 @@ def main() -> None:
     parser.add_argument("--case", action="append", choices=["text", "image"], help="measure only this case; repeatable")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of weights and states")
     parser.add_argument("--device", default="cpu", choices=["cpu", "gpu"], help="where both sides run (default cpu)")
-    parser.add_argument(
-        "--repeats", type=int, default=5, help="measured steps a process, after one to warm up (default 5)"
-    )
-    parser.add_argument(
-        "--rounds", type=int, default=2, help="processes a side, in turn; the best one counts (default 2)"
-    )
-    parser.add_argument("--task", choices=sorted(TASKS), help="internal: what a measuring process does")
-    parser.add_argument("--settings", default="{}", help="internal: its arguments as JSON")
-    arguments = parser.parse_args()
-    if arguments.task:
-        print(json.dumps(TASKS[arguments.task](**json.loads(arguments.settings))))
-        return
-    folder = Path(tempfile.mkdtemp(prefix="unifusion-encoder-"))
-    try:
-        print(json.dumps(compare(arguments, folder)))
-    finally:
-        shutil.rmtree(folder)
+    processes.main(parser, TASKS, compare, repeats=5)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from unifusion_jax.parallel import attention as kernels
 from unifusion_jax.training.config import TrainConfig
 from unifusion_jax.training.flops import condition_flops, dit_flops, lap_flops, refiner_flops
 
-WAYS = {"matrix products": 0, "elementwise": kernels.FEW_TOKENS}
+WAYS = {"matrix products": 0, "elementwise": 32}
 
 
 def flop_shares(config: TrainConfig, model: ModelConfig, latent_tokens: int) -> list[dict[str, float | str]]:

@@ -11,14 +11,13 @@ into memory or load it with `encoders.load`, both from a warm page cache. Prints
 """
 
 import argparse
-import json
-import shutil
 import tempfile
 import time
 from pathlib import Path
 from typing import Any, Literal
 
-from processes import machine, measure, peak_bytes
+import processes
+from processes import in_turn, machine, measure, peak_bytes
 
 
 def make_model(folder: str, size_bytes: int, width: int, stored: str, shards: int) -> dict[str, Any]:
@@ -94,8 +93,15 @@ def load(folder: str, dtype: str, quantize: Literal["none", "int8"], profile: bo
 TASKS = {"make": make_model, "import": only_import, "read": plain_read, "load": load}
 
 
-def compare(arguments: argparse.Namespace, folder: str) -> dict[str, Any]:
+def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     """Alternates reading and loading, and returns what is printed."""
+    if arguments.folder:
+        return _compare(arguments, arguments.folder)
+    with tempfile.TemporaryDirectory(prefix="unifusion-loading-") as folder:
+        return _compare(arguments, folder)
+
+
+def _compare(arguments: argparse.Namespace, folder: str) -> dict[str, Any]:
     made = {
         "folder": folder,
         "size_bytes": int(arguments.gb * 1e9),
@@ -107,12 +113,9 @@ def compare(arguments: argparse.Namespace, folder: str) -> dict[str, Any]:
     base = measure(__file__, "import", {})["peak_bytes"]
     measure(__file__, "read", {"folder": folder})  # warms the page cache
     settings = {"folder": folder, "dtype": arguments.dtype, "quantize": arguments.quantize, "profile": False}
-    reads, loads = [], []
-    for _ in range(arguments.repeats):
-        reads.append(measure(__file__, "read", {"folder": folder}))
-        loads.append(measure(__file__, "load", settings))
+    reads, loads = in_turn(__file__, {"read": {"folder": folder}, "load": settings}, arguments.repeats).values()
     if arguments.profile:
-        measure(__file__, "load", {**settings, "profile": True, "verbose": True})
+        measure(__file__, "load", settings | {"profile": True}, verbose=True)
 
     def least(runs: list[dict[str, Any]], key: str) -> float:
         return min(run[key] for run in runs)
@@ -138,7 +141,7 @@ def compare(arguments: argparse.Namespace, folder: str) -> dict[str, Any]:
 
 def main() -> None:
     """Parses the command line and prints the result."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = processes.option_parser(__doc__)
     parser.add_argument("--gb", type=float, default=2.0, help="size of the model's files in 1e9 bytes (default 2)")
     parser.add_argument("--shards", type=int, default=5, help="files the model is cut into (default 5)")
     parser.add_argument(
@@ -147,27 +150,11 @@ def main() -> None:
     parser.add_argument("--stored", default="bfloat16", choices=["bfloat16", "float32"], help="type in the files")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="type to load into")
     parser.add_argument("--quantize", default="none", choices=["none", "int8"], help="also quantise while loading")
-    parser.add_argument(
-        "--repeats", type=int, default=5, help="reads and loads, alternating; the fastest count (default 5)"
-    )
     parser.add_argument("--profile", action="store_true", help="afterwards load once under cProfile, printed to stderr")
     parser.add_argument(
         "--folder", help="an encoder's folder, or where one is written and left; temporary if not given"
     )
-    parser.add_argument("--task", choices=sorted(TASKS), help="internal: what a measuring process does")
-    parser.add_argument("--settings", default="{}", help="internal: its arguments as JSON")
-    arguments = parser.parse_args()
-    if arguments.task:
-        settings = json.loads(arguments.settings)
-        settings.pop("verbose", None)
-        print(json.dumps(TASKS[arguments.task](**settings)))
-        return
-    folder = arguments.folder or tempfile.mkdtemp(prefix="unifusion-loading-")
-    try:
-        print(json.dumps(compare(arguments, folder)))
-    finally:
-        if not arguments.folder:
-            shutil.rmtree(folder)
+    processes.main(parser, TASKS, compare, repeats=5, rounds=None)
 
 
 if __name__ == "__main__":

@@ -17,11 +17,11 @@ compared; `--condition_tokens` says how many there are.
 """
 
 import argparse
-import json
 import time
 from typing import Any
 
-from processes import machine, measure
+import processes
+from processes import in_turn, machine, measure
 
 CHANNELS = 64
 
@@ -153,10 +153,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     names = ("side", "condition_tokens", "batch", "steps", "repeats")
     case = size | {name: getattr(arguments, name) for name in names}
     wanted = measure(__file__, "count", size)
-    runs: dict[str, list[dict[str, Any]]] = {"ours": [], "theirs": []}
-    for _ in range(arguments.rounds):
-        runs["ours"].append(measure(__file__, "ours", case | wanted))
-        runs["theirs"].append(measure(__file__, "theirs", case))
+    runs = in_turn(__file__, {"ours": case | wanted, "theirs": case}, arguments.rounds)
     seconds = {side: min(run["time_s"] for run in found) for side, found in runs.items()}
     return {
         "benchmark": "sampling",
@@ -172,26 +169,14 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     """Parses the command line and prints the result."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = processes.option_parser(__doc__)
     parser.add_argument("--width", type=int, default=512, help="of both transformers, a multiple of 64 (default 512)")
     parser.add_argument("--layers", type=int, default=8, help="blocks of both (default 8)")
     parser.add_argument("--side", type=int, default=16, help="latent tokens along a side of the picture (default 16)")
     parser.add_argument("--condition_tokens", type=int, default=64, help="of each prompt (default 64)")
     parser.add_argument("--batch", type=int, default=2, help="pictures (default 2)")
     parser.add_argument("--steps", type=int, default=30, help="Euler steps (default 30)")
-    parser.add_argument(
-        "--repeats", type=int, default=2, help="measured runs a process, after one to warm up (default 2)"
-    )
-    parser.add_argument(
-        "--rounds", type=int, default=2, help="processes a side, in turn; the best one counts (default 2)"
-    )
-    parser.add_argument("--task", choices=sorted(TASKS), help="internal: what a measuring process does")
-    parser.add_argument("--settings", default="{}", help="internal: its arguments as JSON")
-    arguments = parser.parse_args()
-    if arguments.task:
-        print(json.dumps(TASKS[arguments.task](**json.loads(arguments.settings))))
-        return
-    print(json.dumps(compare(arguments)))
+    processes.main(parser, TASKS, compare, repeats=2)
 
 
 if __name__ == "__main__":

@@ -17,14 +17,13 @@ Prints one JSON object on one line:
 
 import argparse
 import dataclasses
-import json
-import shutil
+import functools
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
-from processes import HostMemory, machine, measure
+import processes
+from processes import HostMemory, in_turn, machine, measure
 
 
 def _encoder(width: int, layers: int, tile_px: int, vocabulary: int) -> Any:
@@ -107,20 +106,20 @@ def error(first: str, second: str) -> dict[str, Any]:
     return {"error": float((np.abs(ours - theirs).max(axis=(0, 2)) / scale).max())}
 
 
-TASKS = {"run": run, "error": error}
+TASKS = {**{mode: functools.partial(run, mode) for mode in ("single", "again")}, "error": error}
 
 
-def compare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measures both ways and returns what is printed."""
     size = {name: getattr(arguments, name) for name in ("width", "layers", "tile_px", "vocabulary")}
-    settings = {
+    common = {
         "size": size, "rows": arguments.rows, "new_tokens": arguments.new_tokens, "tiles": arguments.tiles,
         "repeats": arguments.repeats,
     }  # fmt: skip
-    runs: dict[str, list[dict[str, Any]]] = {"single": [], "again": []}
-    for _ in range(arguments.rounds):
-        for mode, found in runs.items():
-            found.append(measure(__file__, "run", {**settings, "mode": mode, "states": str(folder / f"{mode}.npz")}))
+    with tempfile.TemporaryDirectory(prefix="unifusion-verifi-") as folder:
+        states = {mode: f"{folder}/{mode}.npz" for mode in ("single", "again")}
+        runs = in_turn(__file__, {mode: common | {"states": file} for mode, file in states.items()}, arguments.rounds)
+        difference = measure(__file__, "error", {"first": states["single"], "second": states["again"]})
     seconds = {mode: min(run["time_s"] for run in found) for mode, found in runs.items()}
     working = {mode: min(run["running_bytes"] - run["idle_bytes"] for run in found) for mode, found in runs.items()}
     return {
@@ -132,7 +131,7 @@ def compare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "machine": machine(),
         "time_ratio": round(seconds["again"] / seconds["single"], 3),
         "memory_ratio": round(working["again"] / max(1, working["single"]), 3),
-        **measure(__file__, "error", {"first": str(folder / "single.npz"), "second": str(folder / "again.npz")}),
+        **difference,
         "time_s": {mode: round(value, 3) for mode, value in seconds.items()},
         "working_bytes": working,
         "peak_bytes": {mode: min(run["peak_bytes"] for run in found) for mode, found in runs.items()},
@@ -141,7 +140,7 @@ def compare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Parses the command line and prints the result."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = processes.option_parser(__doc__)
     parser.add_argument("--width", type=int, default=1024, help="of the decoder, a multiple of 128 (default 1024)")
     parser.add_argument("--layers", type=int, default=12, help="blocks of the decoder (default 12)")
     parser.add_argument("--vocabulary", type=int, default=32000, help="rows of the embedding table (default 32000)")
@@ -149,23 +148,7 @@ def main() -> None:
     parser.add_argument("--tiles", type=int, default=4, help="bound of a picture's tile grid (default 4)")
     parser.add_argument("--rows", type=int, default=8, help="prompts (default 8)")
     parser.add_argument("--new_tokens", type=int, default=128, help="tokens to decode (default 128)")
-    parser.add_argument(
-        "--repeats", type=int, default=3, help="measured runs a process, after one to warm up (default 3)"
-    )
-    parser.add_argument(
-        "--rounds", type=int, default=2, help="processes a way, in turn; the best one counts (default 2)"
-    )
-    parser.add_argument("--task", choices=sorted(TASKS), help="internal: what a measuring process does")
-    parser.add_argument("--settings", default="{}", help="internal: its arguments as JSON")
-    arguments = parser.parse_args()
-    if arguments.task:
-        print(json.dumps(TASKS[arguments.task](**json.loads(arguments.settings))))
-        return
-    folder = Path(tempfile.mkdtemp(prefix="unifusion-verifi-"))
-    try:
-        print(json.dumps(compare(arguments, folder)))
-    finally:
-        shutil.rmtree(folder)
+    processes.main(parser, TASKS, compare, repeats=3)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def get_config(length: str = "short") -> ml_collections.ConfigDict:
     config = presets.demo()
     source = {"name": "shapes", "seed": 31}
     if length == "short":
-        config.total_steps = 1400
+        config.total_steps = 1350
         config.batch_size = 8
         config.ema_decay = 0.99
         config.optimizer.learning_rate = 1.2e-2
@@ -33,7 +33,7 @@ def get_config(length: str = "short") -> ml_collections.ConfigDict:
     else:
         config.total_steps = 4000
         config.batch_size = 8
-        config.optimizer.learning_rate = 6e-3
+        config.optimizer.learning_rate = 1e-2
         config.data.sources = (source | {"tasks": _TASKS},)
         config.data.budgets = dict(presets.SHAPES_BUDGETS)
     config.evaluation.prompts = 128

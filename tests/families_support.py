@@ -111,6 +111,10 @@ def text_model(variant: str) -> transformers.PreTrainedModel:
             # Embeddings as large as what a block adds: beside smaller ones rounding is amplified as in no trained model.
             width = 1 if "embed_tokens" in name else max(parameter.shape[-1], 9)
             value = mean + 0.2 * noise if "norm" in name else noise / width**0.5
+            if name == "model.norm.weight" and config.tie_word_embeddings:
+                # A random model with tied embeddings repeats its last token for ever, unless signs part in from out.
+                gain = 1.0 - mean + value
+                value = gain * (1 - 2 * (torch.arange(len(gain)) % 2)) - (1.0 - mean)
             parameter.copy_(value.bfloat16())
     return model
 

@@ -26,6 +26,7 @@ from unifusion_jax.analysis.verifi_effect import verifi_effect
 from unifusion_jax.data.shapes.render import render
 from unifusion_jax.data.shapes.source import evaluation_prompts
 from unifusion_jax.parallel.mesh import make_mesh
+from unifusion_jax.pipeline import Drawn
 from unifusion_jax.training.tasks import make_task
 
 TWO = Options(("a red square", "two green triangles"), steps=1)
@@ -207,6 +208,10 @@ class Painter(UniFusion):
 
     def sample(self, condition, **options):
         return [PIL.Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)) for pixels in condition.pixels]
+
+    def draw(self, prompts, *, rewrite=None, **options):
+        told = self.condition(prompts, rewrite=rewrite)
+        yield from map(Drawn, self.sample(told), told.texts)
 
 
 def test_reconstruction_by_number_of_tiles(model, tmp_path):

@@ -1,16 +1,15 @@
 """The commands as a user calls them, in processes of their own."""
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 
 import jax
 import numpy as np
 import PIL.Image
 import pytest
+from commands import ENVIRONMENT, call, command
 from test_training import logged
 
 from unifusion_jax.analysis import FIGURES
@@ -18,15 +17,6 @@ from unifusion_jax.pipeline import UniFusion
 from unifusion_jax.train import run as run_training  # noqa: F401  (imported here so that a broken import fails once)
 
 CONFIG = "tests/tiny_run.py"
-ENVIRONMENT = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.getcwd()}
-
-
-def command(module, *arguments):
-    return [sys.executable, "-m", f"unifusion_jax.{module}", *arguments]
-
-
-def call(module, *arguments):
-    return subprocess.run(command(module, *arguments), env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +197,8 @@ def test_analyze_refuses_with_a_message_and_a_status(tmp_path, arguments, messag
 
 @pytest.mark.parametrize("module", ["train", "sample", "prepare", "export", "rewrite", "evaluate", "app", "analyze"])
 def test_help_teaches(module):
-    done = call(module, "--help")
+    # As a shell does it: a command must also find all it imports by itself.
+    done = subprocess.run(command(module, "--help"), env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert f"python -m unifusion_jax.{module}" in done.stdout
 
 

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx, traverse_util
 from optax.contrib import MuonDimensionNumbers
 from test_dit import randomised
-from test_training import assert_same, logged, parsed, train
+from test_training import assert_same, killed, logged, one_device, parsed, train
 from vision_support import write_t5
 
 from unifusion_jax import Prompt, UniFusion, encoders
@@ -25,7 +25,6 @@ from unifusion_jax.encoders.decoder import rotate, token_positions
 from unifusion_jax.frozen import load_frozen
 from unifusion_jax.model import ModelConfig, UniFusionModel
 from unifusion_jax.parallel.attention import attention
-from unifusion_jax.parallel.mesh import make_mesh
 from unifusion_jax.training.checkpoints import check_config
 from unifusion_jax.training.flops import condition_flops, dit_flops, lap_flops
 from unifusion_jax.training.optimizer import _muon_dimensions
@@ -66,17 +65,19 @@ def t5(tmp_path_factory):
 
 def config_of(name, frozen, t5, **changes):
     encoder = {"encoder__path": str(t5)} if name == "t5" else {}
-    return parsed(frozen, **(ONE_TASK | encoder | CASES[name] | {"checkpoint__every_steps": 100} | changes))
+    return parsed(
+        frozen, **(ONE_TASK | encoder | CASES[name] | {"total_steps": 4, "checkpoint__every_steps": 2} | changes)
+    )
 
 
 @pytest.fixture(scope="module")
 def straight(frozen, t5, tmp_path_factory):
-    """Four steps of a case in one go: returns the state and the workdir."""
+    """Four steps of a case in one go on one device: returns the state and the workdir."""
 
     @functools.cache
     def run(name):
-        workdir = tmp_path_factory.mktemp("straight")
-        return train(config_of(name, frozen, t5, total_steps=4), workdir), workdir
+        workdir, config = tmp_path_factory.mktemp("straight"), config_of(name, frozen, t5)
+        return train(config, workdir, one_device(config)), workdir
 
     return run
 
@@ -84,10 +85,10 @@ def straight(frozen, t5, tmp_path_factory):
 @pytest.mark.parametrize("name", CASES)
 def test_trains_and_resumes_bit_for_bit(name, straight, frozen, t5, tmp_path):
     state, workdir = straight(name)
-    train(config_of(name, frozen, t5, total_steps=2), tmp_path)
-    resumed = train(config_of(name, frozen, t5, total_steps=4), tmp_path)
-    assert_same(resumed, state)
-    assert logged(tmp_path)[-1] == logged(workdir)[-1]
+    killed(workdir, tmp_path, 2)
+    config = config_of(name, frozen, t5)
+    assert_same(train(config, tmp_path, one_device(config)), state)
+    assert [line["step"] for line in logged(tmp_path)] == [2, 4] and logged(tmp_path) == logged(workdir)
     moments = jax.tree_util.tree_leaves_with_path(state.opt_state)
     # Every part learns: no parameter of the conditioner is left out of the gradient, the null token and maps included.
     still = [jax.tree_util.keystr(path) for path, leaf in moments if leaf.ndim and not np.any(np.asarray(leaf))]
@@ -107,7 +108,7 @@ def test_eight_devices_compute_the_same_however_they_share_the_model(name, strai
 @pytest.mark.parametrize("name", CASES)
 def test_samples_with_guidance(name, frozen, t5):
     config = config_of(name, frozen, t5)
-    task = make_task(config, make_mesh(config.mesh))
+    task = make_task(config, one_device(config))
     params = task.init(jax.random.key(0))
     keys = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(params))))
     params = jax.tree.map(lambda leaf: leaf + 0.3 * jax.random.normal(next(keys), leaf.shape), params)

@@ -19,7 +19,6 @@ from unifusion_jax.data.shapes import (
     render,
     split_of,
 )
-from unifusion_jax.encoders import LayerStates
 from unifusion_jax.evaluation.shapes import (
     Drawing,
     compare_verifi,
@@ -27,7 +26,7 @@ from unifusion_jax.evaluation.shapes import (
     evaluate_edits,
     evaluate_prompts,
 )
-from unifusion_jax.pipeline import Condition
+from unifusion_jax.pipeline import Drawn
 
 COUNT = 16
 TRUTH = Drawing(text="truth", batch_size=8)
@@ -39,12 +38,10 @@ class Painter(UniFusion):
     def __init__(self, paint):
         self.paint = paint
 
-    def condition(self, prompts, **options):
-        states = LayerStates(np.zeros((len(prompts), 1, 1, 1), np.float32), *[np.zeros((len(prompts), 1), bool)] * 2)
-        return Condition(list(prompts), states)
-
-    def sample(self, condition, **options):
-        return [PIL.Image.fromarray(np.asarray(self.paint(prompt))) for prompt in condition.prompts]
+    def draw(self, prompts, **options):
+        for prompt in prompts:
+            text = prompt.instruction if prompt.target is None else prompt.target
+            yield Drawn(PIL.Image.fromarray(np.asarray(self.paint(prompt))), text)
 
 
 # Reads the true description.

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 from test_conditioning import ONE_TASK, T5
-from test_training import assert_same, logged, parsed
+from test_training import assert_same, killed, logged, parsed
 from vision_support import write_t5
 
 from unifusion_jax import UniFusion
@@ -26,6 +26,7 @@ def swapping(frozen, t5, **changes):
     encoder = {"path": str(t5), "verifi": False, "system_prompts": "none", "dtype": "float32"}
     first = {"steps": 2, "encoder": encoder, "conditioning": {"strategy": "last_layer", "refiner_heads": 2}}
     settled = {"data__budgets": T5["data__budgets"], "total_steps": 6, "checkpoint__every_steps": 1, "first": first}
+    settled["checkpoint__keep"] = 6
     return parsed(frozen, **(ONE_TASK | settled | changes))
 
 
@@ -45,7 +46,7 @@ def test_one_run_trains_both_encoders_and_exports_the_second(straight):
 
 @pytest.mark.parametrize("stop", [1, 2, 3])
 def test_a_run_interrupted_around_the_swap_equals_the_uninterrupted_one(straight, frozen, t5, tmp_path, stop):
-    run(swapping(frozen, t5, total_steps=stop), tmp_path / "run")
+    killed(straight, tmp_path / "run", stop)
     strategy = UniFusion.load(tmp_path / "run").config.conditioning.strategy
     assert strategy == ("last_layer" if stop <= 2 else "lap")
     run(swapping(frozen, t5), tmp_path / "run")

@@ -6,7 +6,7 @@ import PIL.Image
 import pytest
 from pipeline_support import shaken_model
 
-from unifusion_jax import Prompt, UniFusion
+from unifusion_jax import Prompt, UniFusion, sampler
 from unifusion_jax.config import to_json
 from unifusion_jax.flow import SamplingConfig
 from unifusion_jax.training.checkpoints import Checkpoints, write_config
@@ -90,8 +90,35 @@ def test_chunks_make_the_same_picture_and_tell_how_far_they_are(model):
     assert [(progress.steps, progress.total_steps) for progress in steps] == [(2, 5), (4, 5), (5, 5)]
     assert [progress.images is None for progress in steps] == [True, True, False]
     np.testing.assert_array_equal(pixels(steps[-1].images), whole)
-    with pytest.raises(ValueError, match="chunk_steps and images_per_prompt of at least 1, got 0"):
+    with pytest.raises(ValueError, match="chunk_steps must be at least 1, got 0"):
         next(model.sample_in_chunks(condition, sampling=sampling, chunk_steps=0))
+
+
+def test_long_lists_are_drawn_in_batches_of_one_shape(model, monkeypatch, capsys):
+    words = (", ".join(["a large red circle on the left", "a blue star"] * 3), "A ring.", "A blue star.")
+    prompts = [Prompt("x", target=target) for target in words]
+    shapes, begin = [], sampler.begin
+
+    def spy(params, states, keys, **options):
+        shapes.append((keys.shape, states[0].states.shape))
+        return begin(params, states, keys, **options)
+
+    monkeypatch.setattr(sampler, "begin", spy)
+    drawn = list(model.draw(prompts, seed=5, sampling=SamplingConfig(2), batch_size=2))
+    assert len(shapes) == 2 and shapes[0] == shapes[1] and shapes[0][0] == (2,) and shapes[0][1][1] > 32
+    assert [each.text for each in drawn] == list(words)
+    together = pixels(each.image for each in drawn)
+    assert "3/3" in capsys.readouterr().err
+    alone = [pixels(model.generate([prompt], seed=5 + row, steps=2))[0] for row, prompt in enumerate(prompts)]
+    assert "drawing" not in capsys.readouterr().err
+    # Several pictures of one prompt go in batches too; seeds may be given one by one.
+    several = pixels(model.generate(prompts[2:], seed=[7, 8, 5], steps=2, images_per_prompt=3, batch_size=2))
+    first, *_, last = (pixels(model.generate(prompts[2:], seed=seed, steps=2))[0] for seed in (8, 5))
+    for one, other in zip([*together, *several], [*alone, alone[2], first, last], strict=True):
+        assert np.abs(one - other).max() <= 1
+    assert np.abs(first - last).max() > 1 and np.abs(alone[1] - alone[2]).max() > 1
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        model.generate(prompts, steps=1, batch_size=0)
 
 
 @pytest.fixture(scope="module")

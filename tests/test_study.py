@@ -12,6 +12,7 @@ from unifusion_jax.analysis import findings, study
 from unifusion_jax.analysis.findings import CLAIMS, Claim, compare, interval, verdict
 from unifusion_jax.data.shapes.source import ShapesSource
 from unifusion_jax.frozen import model_config_of
+from unifusion_jax.pipeline import Drawn
 from unifusion_jax.training.phases import phases
 from unifusion_jax.verifi import SYSTEM_PROMPTS
 
@@ -143,15 +144,11 @@ def test_facts_of_perfect_and_of_blank_pictures(model):
     records = [source[index] for index in range(3)]
 
     class Drawer(Painter):
-        def condition(self, prompts):
-            return prompts
-
-        def sample(self, condition, **options):
-            chosen = [record for record in records if record.prompt in {prompt.instruction for prompt in condition}]
-            pixels = [
-                np.asarray(record.image) if self.draws else np.full((96, 96, 3), 255, np.uint8) for record in chosen
-            ]
-            return [PIL.Image.fromarray(picture) for picture in pixels]
+        def draw(self, prompts, **options):
+            by_prompt = {record.prompt: np.asarray(record.image) for record in records}
+            for prompt in prompts:
+                pixels = by_prompt[prompt.instruction] if self.draws else np.full((96, 96, 3), 255, np.uint8)
+                yield Drawn(PIL.Image.fromarray(pixels), prompt.instruction)
 
     prompts = [study.prompt_of(record, SYSTEM_PROMPTS[model.config.encoder.system_prompts]) for record in records]
     assert study.facts_correct(Drawer(model, draws=True), prompts, records, TINY) == 1

@@ -9,4 +9,4 @@ from training_support import tiny_config
 
 
 def get_config(frozen: str):
-    return tiny_config(frozen, total_steps=40, batch_size=4, checkpoint__every_steps=4)
+    return tiny_config(frozen, total_steps=28, batch_size=4, checkpoint__every_steps=4)

@@ -16,6 +16,8 @@ from pathlib import Path
 
 from absl import app, flags
 
+from unifusion_jax.prompt import DEFAULT_GUIDANCE
+
 _FIGURES = (
     "layer_similarity",
     "pooling_weights",
@@ -39,7 +41,7 @@ _IMAGE = flags.DEFINE_multi_string(
 _COUNT = flags.DEFINE_integer("count", 4, "Prompts or pictures of the built-in world, and prompts that are scored.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of noise and of the built-in world.")
 _STEPS = flags.DEFINE_integer("steps", 20, "Solver steps.")
-_GUIDANCE = flags.DEFINE_float("guidance", 3.0, "Classifier-free guidance scale; 1 is off.")
+_GUIDANCE = flags.DEFINE_float("guidance", DEFAULT_GUIDANCE, "Classifier-free guidance scale; 1 is off.")
 _RUN = flags.DEFINE_multi_string("run", [], "Training workdir whose metrics are drawn; repeat the flag to compare.")
 _QUANTITY = flags.DEFINE_string("quantity", "loss", "What of metrics.jsonl --run draws.")
 _STUDY = flags.DEFINE_string("study", None, "Folder of the micro-study's runs; made if missing, gone on with if not.")

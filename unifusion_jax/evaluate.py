@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from unifusion_jax import compile_cache, modes
+from unifusion_jax.prompt import DEFAULT_GUIDANCE
 
 
 def _benchmarks() -> dict[str, Callable[..., dict[str, float]]]:
@@ -78,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--count", type=int, default=128, help="requests of each kind (default 128)")
     add("--pairs", default="seen,held_out", help="shape-colour pairs of the scenes (default seen,held_out)")
     add("--steps", type=int, default=30, help="solver steps (default 30)")
-    add("--guidance", type=float, default=3.0, help="guidance scale (default 3)")
+    add("--guidance", type=float, default=DEFAULT_GUIDANCE, help="guidance scale (default %(default)s)")
     add(
         "--text",
         choices=("trained", "verifi", "words", "truth"),

@@ -1,7 +1,6 @@
 """Prompts and images in, images out: the only inference path, which the CLI, the web page, previews and evaluations share."""
 
 import dataclasses
-import logging
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,17 +9,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import PIL.Image
+import tqdm
 
 from unifusion_jax import exported, modes, sampler, weights
 from unifusion_jax.autoencoders import Autoencoder
 from unifusion_jax.config import from_mapping
+from unifusion_jax.drawing import Condition as Condition
+from unifusion_jax.drawing import Drawn as Drawn
+from unifusion_jax.drawing import Progress as Progress
+from unifusion_jax.drawing import check_counts, groups, seeds_of
 from unifusion_jax.encoders import Encoder
 from unifusion_jax.encoders.batch import LayerStates
 from unifusion_jax.flow import SamplingConfig
 from unifusion_jax.frozen import check_fit, load_frozen, model_config_of
 from unifusion_jax.images import to_pil
 from unifusion_jax.model import ModelConfig, UniFusionModel
-from unifusion_jax.prompt import Prompt
+from unifusion_jax.prompt import DEFAULT_GUIDANCE, Prompt
 from unifusion_jax.training.checkpoints import Checkpoints
 from unifusion_jax.training.config import TrainConfig
 from unifusion_jax.training.phases import config_at
@@ -28,40 +32,7 @@ from unifusion_jax.training.rng import stream_key
 from unifusion_jax.verifi import SYSTEM_PROMPTS
 
 BUNDLED_CHECKPOINT = "bundled:demo/unifusion"
-
-log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class Condition:
-    """What the DiT is told.
-
-    Attributes:
-      prompts: the prompts as the encoder was asked, each with the description it was conditioned on as its target. One of
-        them, its target edited, can be given to `UniFusion.condition` again.
-      states: layer states of image tokens and text tokens.
-      first: those of the first steps, where the mode switches from one condition to another; else None.
-      finished: whether each description ended by itself; False where it was cut off for its length.
-    """
-
-    prompts: list[Prompt]
-    states: LayerStates
-    first: LayerStates | None = None
-    finished: list[bool] = dataclasses.field(default_factory=list)
-
-    @property
-    def texts(self) -> list[str]:
-        """The description each row was conditioned on, as decoded or as given; the user's own words without rewriting."""
-        return [prompt.instruction if prompt.target is None else prompt.target for prompt in self.prompts]
-
-
-@dataclasses.dataclass(frozen=True)
-class Progress:
-    """How far a sampling run is: solver steps done and in all, and after the last one the pictures."""
-
-    steps: int
-    total_steps: int
-    images: list[PIL.Image.Image] | None = None
+BATCH_SIZE = 16  # pictures drawn at a time, unless the caller says otherwise
 
 
 class UniFusion:
@@ -163,12 +134,9 @@ class UniFusion:
           ValueError: no prompts, an empty one, another number of pictures than the mode takes, or a prompt that fills the
             encoder's context.
         """
-        chosen = modes.find(mode)
+        max_tiles = self._max_tiles(mode, tiles)
         asked, pictures = self._asked(prompts, mode, system_prompt)
         rewrite = self.config.encoder.verifi if rewrite is None else rewrite
-        if tiles is None and chosen is not None:
-            tiles = chosen.tiles
-        max_tiles = self.config.data.tiles_per_image if tiles is None else modes.grid_tiles(tiles)
         first = self._export(pictures, max_tiles) if pictures else None
         written = [row for row, prompt in enumerate(asked) if rewrite and prompt.target is None]
         read = [row for row in range(len(asked)) if row not in set(written)]
@@ -185,11 +153,18 @@ class UniFusion:
             parts.append((written, answers.states))
             for row, text, whole in zip(written, answers.texts, answers.finished, strict=True):
                 asked[row], finished[row] = dataclasses.replace(asked[row], target=text), whole
-                if not whole:
-                    log.warning("The description of prompt %d did not end; it is cut off where room ends.", row)
         if read:
             parts.append((read, self._export([asked[row] for row in read], max_tiles)))
-        return Condition(asked, sampler.joined(parts), first, finished)
+        condition = Condition(asked, sampler.joined(parts), first, finished)
+        condition.warn_of_cut_off()
+        return condition
+
+    def _max_tiles(self, mode: str, tiles: int | None) -> int:
+        """Returns the bound of a picture's tile grid, its thumbnail not counted."""
+        chosen = modes.find(mode)
+        if tiles is None and chosen is not None:
+            tiles = chosen.tiles
+        return self.config.data.tiles_per_image if tiles is None else modes.grid_tiles(tiles)
 
     def _asked(
         self, prompts: Sequence[Prompt | str], mode: str, system_prompt: str | None
@@ -221,7 +196,7 @@ class UniFusion:
         *,
         seed: int | Sequence[int] = 0,
         steps: int = 30,
-        guidance: float = 3.0,
+        guidance: float = DEFAULT_GUIDANCE,
         size: int | tuple[int, int] | None = None,
         rewrite: bool | None = None,
         system_prompt: str | None = None,
@@ -231,8 +206,9 @@ class UniFusion:
         images_per_prompt: int = 1,
         solver: str = "euler",
         guidance_interval: tuple[float, float] = (0.0, 1.0),
+        batch_size: int = BATCH_SIZE,
     ) -> list[PIL.Image.Image]:
-        """Generates one picture for each prompt, or several.
+        """Generates one picture for each prompt, or several; see `draw` for how long lists are batched.
 
         Args:
           prompts: strings, or `Prompt`s with reference images.
@@ -250,14 +226,62 @@ class UniFusion:
             first prompt come first.
           solver: "euler" or "heun".
           guidance_interval: times between which guidance acts.
+          batch_size: most pictures at a time.
 
         Raises:
           ValueError: no prompts, a size that the model cannot make, or settings out of range.
         """
         sampling = SamplingConfig(steps, solver, guidance, guidance_interval, switch=switch)
+        options: dict[str, Any] = {"size": size, "images_per_prompt": images_per_prompt, "batch_size": batch_size}
+        asked: dict[str, Any] = {"mode": mode, "rewrite": rewrite, "system_prompt": system_prompt, "tiles": tiles}
+        return [drawn.image for drawn in self.draw(prompts, seed=seed, sampling=sampling, **options, **asked)]
+
+    def draw(
+        self,
+        prompts: Sequence[Prompt | str],
+        *,
+        seed: int | Sequence[int] = 0,
+        size: int | tuple[int, int] | None = None,
+        sampling: SamplingConfig,
+        images_per_prompt: int = 1,
+        batch_size: int = BATCH_SIZE,
+        about: str = "drawing",
+        **asked: Any,
+    ) -> Iterator[Drawn]:
+        """Draws any number of prompts, batch after batch; yields each picture when its batch is done.
+
+        A picture depends on its own prompt and seed, not on its neighbours. All batches have one number of rows (the last is
+        filled up and cut), and room for the longest condition so far, so that little is compiled. Where there is more than
+        one, a bar shows how far it is.
+
+        Args:
+          prompts: as of `generate`.
+          seed: as of `generate`.
+          size: as of `generate`.
+          sampling: the solver's settings.
+          images_per_prompt: pictures of each prompt, which is encoded once.
+          batch_size: most pictures at a time.
+          about: what the bar says.
+          **asked: options of `condition`.
+        """
         self.check_size(size)
-        condition = self.condition(prompts, mode=mode, rewrite=rewrite, system_prompt=system_prompt, tiles=tiles)
-        return self.sample(condition, seed=seed, size=size, sampling=sampling, images_per_prompt=images_per_prompt)
+        check_counts(batch_size=batch_size, images_per_prompt=images_per_prompt)
+        total = len(prompts) * images_per_prompt
+        seeds, room = seeds_of(seed, total), 0
+        options: dict[str, Any] = {"size": size, "images_per_prompt": images_per_prompt, "batch_size": batch_size}
+        with tqdm.tqdm(total=total, desc=about, unit="picture", disable=total <= batch_size) as bar:
+            for group in groups(len(prompts), max(1, batch_size // images_per_prompt)):
+                condition = self.condition([prompts[row] for row in group], **asked)
+                room = max(room, condition.room)
+                condition = dataclasses.replace(condition, states=sampler.padded(condition.states, room))
+                own = [seeds[row * images_per_prompt + number] for row in group for number in range(images_per_prompt)]
+                (*_, done) = self.sample_in_chunks(
+                    condition, seed=own, sampling=sampling, chunk_steps=sampling.steps, **options
+                )
+                new = len(set(group)) * images_per_prompt
+                bar.update(new)
+                texts = [text for text in condition.texts for _ in range(images_per_prompt)]
+                yield from map(Drawn, (done.images or [])[:new], texts)
 
     def sample(
         self,
@@ -267,15 +291,17 @@ class UniFusion:
         size: int | tuple[int, int] | None = None,
         sampling: SamplingConfig,
         images_per_prompt: int = 1,
+        batch_size: int = BATCH_SIZE,
     ) -> list[PIL.Image.Image]:
-        """Generates pictures from an encoded condition; see `generate`.
+        """Generates pictures from an encoded condition, `batch_size` at a time; see `generate`.
 
         The steps are moved towards noise for the picture's size as in training, on top of `sampling.shift`.
         """
-        options: dict[str, Any] = {"seed": seed, "size": size, "images_per_prompt": images_per_prompt}
-        (done,) = self.sample_in_chunks(condition, **options, sampling=sampling, chunk_steps=sampling.steps)
-        assert done.images is not None
-        return done.images
+        options: dict[str, Any] = {"images_per_prompt": images_per_prompt, "batch_size": batch_size}
+        (*_, done) = self.sample_in_chunks(
+            condition, seed=seed, size=size, sampling=sampling, chunk_steps=sampling.steps, **options
+        )
+        return done.images or []
 
     def sample_in_chunks(
         self,
@@ -286,31 +312,38 @@ class UniFusion:
         sampling: SamplingConfig,
         images_per_prompt: int = 1,
         chunk_steps: int = 1,
+        batch_size: int = BATCH_SIZE,
     ) -> Iterator[Progress]:
         """Generates pictures as `sample` does, bit for bit, and tells after every `chunk_steps` steps how far it is.
 
         Whoever stops asking stops the sampling. Between two chunks the host waits for the device, within one it does not; the
         compiled loop is the same for any length of them.
         """
-        if chunk_steps < 1 or images_per_prompt < 1:
-            raise ValueError(
-                f"Expected chunk_steps and images_per_prompt of at least 1, got {chunk_steps} and {images_per_prompt}."
-            )
+        check_counts(chunk_steps=chunk_steps, images_per_prompt=images_per_prompt, batch_size=batch_size)
         width, height = self.check_size(size)
         cells = (height // self.autoencoder.downsample, width // self.autoencoder.downsample)
         sampling = dataclasses.replace(sampling, shift=sampling.shift * self.config.flow.shift_for(cells[0] * cells[1]))
-        keys = _noise_keys(seed, len(condition.prompts) * images_per_prompt)
-        phases = (condition.states,) if condition.first is None else (condition.first, condition.states)
-        tokens = sampler.round_up(max(_longest(states) for states in phases))
-        states = tuple(sampler.padded(each, tokens) for each in phases)
-        latents, conditions = sampler.begin(self.params, states, keys, model=self.model_config, cells=cells)
-        for start in range(0, sampling.steps, chunk_steps):
-            stop = min(start + chunk_steps, sampling.steps)
-            latents = sampler.denoise(self.params, latents, conditions, sampling, start, stop, model=self.model_config)
-            if stop < sampling.steps:
-                jax.block_until_ready(latents)
-                yield Progress(stop, sampling.steps)
-        yield Progress(sampling.steps, sampling.steps, to_pil(self.autoencoder.decode(latents)))
+        seeds = seeds_of(seed, len(condition.prompts) * images_per_prompt)
+        phases = tuple(sampler.padded(states, condition.room) for states in condition.phases)
+        batches = groups(len(seeds), batch_size)
+        done, total, made = 0, len(batches) * sampling.steps, []
+        keys = jnp.stack([stream_key(seed, "noise") for seed in seeds])
+        noise, of_prompts = sampler.begin(self.params, phases, keys, model=self.model_config, cells=cells)
+        for group in batches:
+            pictures = np.asarray(group)
+            latents, rows = noise[pictures], pictures // images_per_prompt
+            conditions = jax.tree.map(lambda leaf, rows=rows: leaf[rows], of_prompts)
+            for start in range(0, sampling.steps, chunk_steps):
+                stop = min(start + chunk_steps, sampling.steps)
+                latents = sampler.denoise(
+                    self.params, latents, conditions, sampling, start, stop, model=self.model_config
+                )
+                if stop < sampling.steps:
+                    jax.block_until_ready(latents)
+                    yield Progress(done + stop, total)
+            made += to_pil(self.autoencoder.decode(latents))
+            done += sampling.steps
+            yield Progress(done, total, made[: len(seeds)] if done == total else None)
 
     def check_size(self, size: int | tuple[int, int] | None) -> tuple[int, int]:
         """Returns (width, height) in px. Raises ValueError for a size that the model cannot make."""
@@ -325,18 +358,6 @@ class UniFusion:
                 f"{nearest[0]}x{nearest[1]}."
             )
         return width, height
-
-
-def _longest(states: LayerStates) -> int:
-    """Returns the largest number of tokens of a row; a row's tokens stand at its beginning."""
-    return int(np.asarray(states.mask).sum(axis=1).max())
-
-
-def _noise_keys(seed: int | Sequence[int], count: int) -> Any:
-    seeds = [seed + row for row in range(count)] if isinstance(seed, int) else list(seed)
-    if len(seeds) != count:
-        raise ValueError(f"Got {len(seeds)} seeds for {count} pictures; give one seed, or one a picture.")
-    return jnp.stack([stream_key(value, "noise") for value in seeds])
 
 
 def _longest_target(config: TrainConfig) -> int:

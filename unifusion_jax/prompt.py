@@ -5,6 +5,9 @@ from collections.abc import Sequence
 
 import PIL.Image
 
+# The scale that the demo's base model draws best with (docs/demo.md). Models of photographs usually want 3 to 5.
+DEFAULT_GUIDANCE = 1.5
+
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:

@@ -9,8 +9,8 @@ import PIL.Image
 
 from unifusion_jax import modes
 from unifusion_jax.flow import SamplingConfig
-from unifusion_jax.pipeline import Condition, Progress, UniFusion
-from unifusion_jax.prompt import Prompt
+from unifusion_jax.pipeline import BATCH_SIZE, Condition, Progress, UniFusion
+from unifusion_jax.prompt import DEFAULT_GUIDANCE, Prompt
 
 _SIZE_PATTERN = re.compile(r"(\d+)(?:\s*x\s*(\d+))?")
 
@@ -54,7 +54,7 @@ class Request:
     count: int = 1
     seed: int = 0
     steps: int = 30
-    guidance: float = 3.0
+    guidance: float = DEFAULT_GUIDANCE
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     solver: str = "euler"
     switch: float = 0.15
@@ -94,7 +94,9 @@ class Request:
             seed=self.rewrite_seed,
         )
 
-    def sample_in_chunks(self, model: UniFusion, condition: Condition, chunk_steps: int) -> Iterator[Progress]:
+    def sample_in_chunks(
+        self, model: UniFusion, condition: Condition, chunk_steps: int, batch_size: int = BATCH_SIZE
+    ) -> Iterator[Progress]:
         """Samples; see `UniFusion.sample_in_chunks`."""
         return model.sample_in_chunks(
             condition,
@@ -103,6 +105,7 @@ class Request:
             sampling=self.sampling,
             images_per_prompt=self.count,
             chunk_steps=chunk_steps,
+            batch_size=batch_size,
         )
 
     def settings(self, condition: Condition, number: int) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import Any
 from absl import app, flags
 
 from unifusion_jax import compile_cache
+from unifusion_jax.prompt import DEFAULT_GUIDANCE
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "Exported folder or training workdir; by default the bundled demo."
@@ -26,6 +27,7 @@ _IMAGE = flags.DEFINE_multi_string("image", [], "Reference picture; repeat the f
 _OUTPUT = flags.DEFINE_string("output", "", "PNG, JPEG or WebP file to write; with --count, out-0.png, out-1.png, ...")
 _SIZE = flags.DEFINE_string("size", None, "Side in pixels, or WIDTHxHEIGHT; the training size if not given.")
 _GUIDANCE_INTERVAL = flags.DEFINE_list("guidance_interval", ["0", "1"], "Times LOW,HIGH between which guidance acts.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Most pictures at a time; --count beyond it takes turns.")
 _COMPILE_CACHE = flags.DEFINE_string("compile_cache", compile_cache.AUTO, compile_cache.HELP)
 _SHOW = flags.DEFINE_string("show", None, "Print the settings stored in a picture, and do nothing else.")
 # These are fields of `request.Request` as they are.
@@ -49,7 +51,7 @@ _FIELDS = (
     flags.DEFINE_integer("count", 1, "Pictures to make, from seeds SEED, SEED + 1, ..."),
     flags.DEFINE_integer("seed", 0, "Seed of the initial noise."),
     flags.DEFINE_integer("steps", 30, "Solver steps."),
-    flags.DEFINE_float("guidance", 3.0, "Classifier-free guidance scale; 1 is off."),
+    flags.DEFINE_float("guidance", DEFAULT_GUIDANCE, "Classifier-free guidance scale; 1 is off."),
     flags.DEFINE_enum("solver", "euler", ["euler", "heun"], "Euler, or Heun's second-order method."),
     flags.DEFINE_float("switch", 0.15, "Share of the steps under the picture in --mode=zero_shot_edit."),
 )
@@ -86,11 +88,11 @@ def run() -> None:
     # A bar where somebody watches it; elsewhere the host does not wait for the device before the end.
     watched = sys.stderr.isatty()
     made = None
-    with tqdm.tqdm(total=request.steps, unit="step", disable=not watched) as bar:
+    with tqdm.tqdm(unit="step", disable=not watched) as bar:
         chunk_steps = math.ceil(request.steps / 10) if watched else request.steps
-        for progress in request.sample_in_chunks(model, condition, chunk_steps):
+        for progress in request.sample_in_chunks(model, condition, chunk_steps, _BATCH_SIZE.value):
+            bar.total, made = progress.total_steps, progress.images
             bar.update(progress.steps - bar.n)
-            made = progress.images
     for number, (file, image) in enumerate(zip(files_of(_OUTPUT.value, request.count), made or [], strict=True)):
         settings = {"checkpoint": _CHECKPOINT.value, "image": _IMAGE.value, **request.settings(condition, number)}
         images.save(image, file, settings=settings)

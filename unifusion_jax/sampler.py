@@ -71,22 +71,17 @@ def begin(
     model: ModelConfig,
     cells: tuple[int, int],
 ) -> tuple[Float[Array, "B h w c"], tuple[Condition, ...]]:
-    """Returns the initial noise and the condition of every picture.
+    """Returns the initial noise of every picture, and the condition of every row of the states.
 
     Args:
       params: of the trained stack.
-      states: one condition, or two to switch between, of equal shapes. Their rows may be fewer than `keys`: each is then the
-        condition of as many neighbouring pictures.
-      keys: of the noise, one a picture.
+      states: one condition, or two to switch between, of equal shapes.
+      keys: of the noise, one a picture; several pictures may share a row of the states.
       model: sizes of the stack.
       cells: height and width of the latents.
     """
     stack = module(model, params)
-    conditions = []
-    for each in states:
-        condition = stack.condition(jnp.asarray(each.states, jnp.float32), jnp.asarray(each.mask))
-        repeats = keys.shape[0] // each.mask.shape[0]
-        conditions.append(jax.tree.map(lambda leaf, repeats=repeats: jnp.repeat(leaf, repeats, axis=0), condition))
+    conditions = [stack.condition(jnp.asarray(each.states, jnp.float32), jnp.asarray(each.mask)) for each in states]
     shape = (*cells, model.dit.latent_channels)
     return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys), tuple(conditions)
 

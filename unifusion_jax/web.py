@@ -18,6 +18,7 @@ import PIL.Image
 
 from unifusion_jax import images, modes
 from unifusion_jax.pipeline import UniFusion
+from unifusion_jax.prompt import DEFAULT_GUIDANCE
 from unifusion_jax.request import Request, parse_size
 
 # Finished pictures are kept this long for the page to show; Gradio keeps copies of its own as long.
@@ -305,7 +306,7 @@ def _settings(model: UniFusion, limits: Limits) -> dict[str, Any]:
         made["count"] = gr.Slider(1, limits.count, 1, step=1, label="Pictures", elem_id="count")
     with gr.Row():
         made["steps"] = gr.Slider(1, limits.steps, 30, step=1, label="Steps", elem_id="steps")
-        made["guidance"] = gr.Slider(1.0, 15.0, 3.0, step=0.1, label="Guidance", elem_id="guidance")
+        made["guidance"] = gr.Slider(1.0, 15.0, DEFAULT_GUIDANCE, step=0.1, label="Guidance", elem_id="guidance")
     side = model.config.data.size_px
     with gr.Accordion("More settings", open=False):
         made["size"] = gr.Textbox(

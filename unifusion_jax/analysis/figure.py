@@ -11,6 +11,7 @@ import PIL.Image
 from jaxtyping import Float
 
 from unifusion_jax.data.shapes.source import ShapesSource, evaluation_prompts
+from unifusion_jax.prompt import DEFAULT_GUIDANCE
 
 Row = Mapping[str, Any]
 
@@ -33,7 +34,7 @@ class Options:
     count: int = 4
     seed: int = 0
     steps: int = 20
-    guidance: float = 3.0
+    guidance: float = DEFAULT_GUIDANCE
 
     def __post_init__(self):
         if self.count < 1 or self.steps < 1:

@@ -27,7 +27,7 @@ from unifusion_jax.flow import SamplingConfig
 from unifusion_jax.parallel.mesh import make_mesh
 from unifusion_jax.parallel.sharding import global_batch
 from unifusion_jax.pipeline import UniFusion
-from unifusion_jax.prompt import Prompt
+from unifusion_jax.prompt import DEFAULT_GUIDANCE, Prompt
 from unifusion_jax.train import run as train
 from unifusion_jax.training import ablations
 from unifusion_jax.training.config import EncoderRef, FirstPhase, TrainConfig
@@ -75,7 +75,7 @@ class Scoring:
     loss_batches: int = 16
     pictures: int = 16
     steps: int = 12
-    guidance: float = 3.0
+    guidance: float = DEFAULT_GUIDANCE
 
 
 _VERIFI = {"encoder.verifi": True}
@@ -227,12 +227,9 @@ def facts_correct(model: UniFusion, prompts: Sequence[Prompt], records: Sequence
     """Returns the share of stated facts that hold in the pictures drawn, over all records together."""
     sampling = SamplingConfig(scoring.steps, guidance=scoring.guidance)
     correct: list[bool] = []
-    for start in range(0, len(prompts), _BATCH):
-        condition = model.condition(prompts[start : start + _BATCH])
-        pictures = model.sample(condition, seed=start, sampling=sampling)
-        for picture, record in zip(pictures, records[start : start + _BATCH], strict=True):
-            stated = [Fact(**fact) for fact in record.facts["stated"]]
-            correct += score(stated, detect(np.asarray(picture))).correct
+    for drawn, record in zip(model.draw(prompts, sampling=sampling, batch_size=_BATCH), records, strict=True):
+        stated = [Fact(**fact) for fact in record.facts["stated"]]
+        correct += score(stated, detect(np.asarray(drawn.image))).correct
     return float(np.mean(correct))
 
 

@@ -1,7 +1,5 @@
 """From the encoder's layer states to what the DiT is told, by one of several strategies."""
 
-from collections.abc import Callable
-
 from unifusion_jax.conditioning.conditioner import Conditioner as Conditioner
 from unifusion_jax.conditioning.conditioner import LAPConditioner as LAPConditioner
 from unifusion_jax.conditioning.conditioner import LayerConditioner as LayerConditioner
@@ -16,8 +14,7 @@ from unifusion_jax.conditioning.lap import LAPConfig as LAPConfig
 from unifusion_jax.conditioning.refiner import Refiner as Refiner
 from unifusion_jax.conditioning.refiner import RefinerConfig as RefinerConfig
 
-# Constructors by strategy, all with the same arguments.
-CONDITIONERS: dict[str, Callable[..., Conditioner]] = {
+CONDITIONERS: dict[str, type[Conditioner]] = {
     "lap": LAPConditioner,
     "last_layer": LayerConditioner,
     "kv_fusion": KVFusion,

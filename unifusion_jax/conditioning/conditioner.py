@@ -1,5 +1,6 @@
 """From layer states to what the DiT is told: one module with one signature, a class for each strategy."""
 
+import abc
 import dataclasses
 from typing import Any
 
@@ -17,26 +18,49 @@ from unifusion_jax.layers import Remat, RMSNorm, linear
 
 
 class Conditioner(nnx.Module):
-    """What all strategies share: the refiner, before or behind what a strategy makes of the states in `made`."""
+    """What all strategies share: the refiner, before or behind what a strategy makes of the states in `made`.
 
-    config: ConditioningConfig
-    refiner: Any
+    Args:
+      config: of the strategy.
+      num_layers: exported encoder layers.
+      encoder_size: length of what is exported of a layer.
+      dit: sizes of the DiT.
+      dtype: of the computation.
+      param_dtype: of the parameters.
+      rngs: of their initial values.
+    """
 
-    def _add_refiner(self, config: ConditioningConfig, encoder_size: int, dit: DiTConfig, **options: Any) -> None:
-        """Called last by constructors."""
+    def __init__(
+        self,
+        config: ConditioningConfig,
+        *,
+        num_layers: int,
+        encoder_size: int,
+        dit: DiTConfig,
+        dtype: Any = jnp.float32,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.config = config
+        self.build(num_layers, encoder_size, dit, **options)
+        # Made last: the order of modules decides which random numbers each begins with.
         self.refiner = (
             Refiner(config.refiner(encoder_size, dit.hidden_size), **options) if config.refines else nnx.data(None)
         )
+
+    @abc.abstractmethod
+    def build(self, num_layers: int, encoder_size: int, dit: DiTConfig, *, rngs: nnx.Rngs, **options: Any) -> None:
+        """Makes the strategy's own modules; `options` are dtype and param_dtype."""
 
     def normalised(self, states: Float[Array, "B C N H"]) -> Float[Array, "B C N H"]:
         """Returns the states as a refiner before this strategy sees them, no layer's scale dominating."""
         wide = states.astype(jnp.float32)
         return (wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + 1e-6)).astype(states.dtype)
 
+    @abc.abstractmethod
     def made(self, states: Float[Array, "B C N H"], mask: Bool[Array, "B C"], *, remat: Remat | None) -> Condition:
         """Makes the condition of the states; the strategy itself."""
-        raise NotImplementedError
 
     def __call__(
         self, states: Float[Array, "B C N H"], mask: Bool[Array, "B C"], *, remat: Remat | None = None
@@ -58,21 +82,10 @@ class Conditioner(nnx.Module):
 class LAPConditioner(Conditioner):
     """LAP, the refiner and the projection to the DiT's width (paper, figure 1)."""
 
-    def __init__(
-        self,
-        config: ConditioningConfig,
-        *,
-        num_layers: int,
-        encoder_size: int,
-        dit: DiTConfig,
-        dtype: Any = jnp.float32,
-        param_dtype: Any = jnp.float32,
-        rngs: nnx.Rngs,
-    ):
-        options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.lap = LAP(config.lap(num_layers, encoder_size), **options)
-        self.project = linear(encoder_size, dit.hidden_size, ("embed", "embed_out"), bias=True, **options)
-        self._add_refiner(config, encoder_size, dit, **options)
+    def build(self, num_layers: int, encoder_size: int, dit: DiTConfig, *, rngs: nnx.Rngs, **options: Any) -> None:
+        """Makes the pooling and the map to the DiT's width."""
+        self.lap = LAP(self.config.lap(num_layers, encoder_size), rngs=rngs, **options)
+        self.project = linear(encoder_size, dit.hidden_size, ("embed", "embed_out"), bias=True, rngs=rngs, **options)
 
     def normalised(self, states: Float[Array, "B C N H"]) -> Float[Array, "B C N H"]:
         """Returns the states normalised as LAP does."""
@@ -90,22 +103,11 @@ class LayerConditioner(Conditioner):
     learned weight for each channel.
     """
 
-    def __init__(
-        self,
-        config: ConditioningConfig,
-        *,
-        num_layers: int,
-        encoder_size: int,
-        dit: DiTConfig,
-        dtype: Any = jnp.float32,
-        param_dtype: Any = jnp.float32,
-        rngs: nnx.Rngs,
-    ):
-        options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.dtype = dtype
-        self.norm = RMSNorm(encoder_size, param_dtype=param_dtype)
-        self.project = linear(encoder_size, dit.hidden_size, ("embed", "embed_out"), bias=True, **options)
-        self._add_refiner(config, encoder_size, dit, **options)
+    def build(self, num_layers: int, encoder_size: int, dit: DiTConfig, *, rngs: nnx.Rngs, **options: Any) -> None:
+        """Makes the norm and the map to the DiT's width."""
+        self.dtype = options["dtype"]
+        self.norm = RMSNorm(encoder_size, param_dtype=options["param_dtype"])
+        self.project = linear(encoder_size, dit.hidden_size, ("embed", "embed_out"), bias=True, rngs=rngs, **options)
 
     def normalised(self, states: Float[Array, "B C N H"]) -> Float[Array, "B C N H"]:
         """Returns the states after the norm."""

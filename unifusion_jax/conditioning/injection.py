@@ -8,7 +8,6 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from unifusion_jax.conditioning.conditioner import Conditioner
-from unifusion_jax.conditioning.config import ConditioningConfig
 from unifusion_jax.conditioning.lap import LAP, LAPConfig
 from unifusion_jax.dit.condition import Condition
 from unifusion_jax.dit.transformer import DiTConfig
@@ -47,24 +46,14 @@ class InjectedLayer(nnx.Module):
 class HiddenStateInjection(Conditioner):
     """Encoder layer l for DiT block l (paper, section 2.1): the first one as input, the others added to the stream."""
 
-    def __init__(
-        self,
-        config: ConditioningConfig,
-        *,
-        num_layers: int,
-        encoder_size: int,
-        dit: DiTConfig,
-        dtype: Any = jnp.float32,
-        param_dtype: Any = jnp.float32,
-        rngs: nnx.Rngs,
-    ):
-        options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
+    def build(self, num_layers: int, encoder_size: int, dit: DiTConfig, *, rngs: nnx.Rngs, **options: Any) -> None:
+        """Makes a norm, and where asked for a map, for each layer."""
+        maps = self.config.learned_maps
         self.layers = Stack(
-            lambda rngs: InjectedLayer(encoder_size, dit.hidden_size, maps=config.learned_maps, rngs=rngs, **options),
+            lambda rngs: InjectedLayer(encoder_size, dit.hidden_size, maps=maps, rngs=rngs, **options),
             num_layers,
             rngs=rngs,
         )
-        self._add_refiner(config, encoder_size, dit, rngs=rngs, **options)
 
     def made(self, states: Float[Array, "B C N H"], mask: Bool[Array, "B C"], *, remat: Remat | None) -> Condition:
         """Brings each layer to the stream's scale and width."""
@@ -88,23 +77,12 @@ class PooledLayers(nnx.Module):
 class LAPInjection(Conditioner):
     """A LAP for every DiT block (paper, appendix A.1.1): the first pools the input, the others what is added."""
 
-    def __init__(
-        self,
-        config: ConditioningConfig,
-        *,
-        num_layers: int,
-        encoder_size: int,
-        dit: DiTConfig,
-        dtype: Any = jnp.float32,
-        param_dtype: Any = jnp.float32,
-        rngs: nnx.Rngs,
-    ):
-        options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
-        lap = config.lap(num_layers, encoder_size)
+    def build(self, num_layers: int, encoder_size: int, dit: DiTConfig, *, rngs: nnx.Rngs, **options: Any) -> None:
+        """Makes a pooling and a map for each block of the DiT."""
+        lap = self.config.lap(num_layers, encoder_size)
         self.laps = Stack(
             lambda rngs: PooledLayers(lap, dit.hidden_size, rngs=rngs, **options), dit.num_layers, rngs=rngs
         )
-        self._add_refiner(config, encoder_size, dit, rngs=rngs, **options)
 
     def made(self, states: Float[Array, "B C N H"], mask: Bool[Array, "B C"], *, remat: Remat | None) -> Condition:
         """Pools once for each block, one after the other: their activations would not fit side by side."""

@@ -7,7 +7,6 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from unifusion_jax.conditioning.conditioner import Conditioner
-from unifusion_jax.conditioning.config import ConditioningConfig
 from unifusion_jax.dit.blocks import RopeTable
 from unifusion_jax.dit.condition import Condition
 from unifusion_jax.dit.rope import apply_rope, rope_table, sequence_positions
@@ -49,25 +48,15 @@ class KVFusion(Conditioner):
     the kept tokens, counted from 1. No tokens enter that sequence, and dropping the condition hides the keys.
     """
 
-    def __init__(
-        self,
-        config: ConditioningConfig,
-        *,
-        num_layers: int,
-        encoder_size: int,
-        dit: DiTConfig,
-        dtype: Any = jnp.float32,
-        param_dtype: Any = jnp.float32,
-        rngs: nnx.Rngs,
-    ):
-        options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
+    def build(self, num_layers: int, encoder_size: int, dit: DiTConfig, *, rngs: nnx.Rngs, **options: Any) -> None:
+        """Makes a norm of keys, and where asked for maps, for each layer."""
         self.dit = dit
+        maps = self.config.learned_maps
         self.layers = Stack(
-            lambda rngs: FusedLayer(encoder_size, dit, maps=config.learned_maps, rngs=rngs, **options),
+            lambda rngs: FusedLayer(encoder_size, dit, maps=maps, rngs=rngs, **options),
             num_layers,
             rngs=rngs,
         )
-        self._add_refiner(config, encoder_size, dit, rngs=rngs, **options)
 
     def made(self, states: Float[Array, "B C N H"], mask: Bool[Array, "B C"], *, remat: Remat | None) -> Condition:
         """Brings each layer's keys and values into the DiT's heads."""

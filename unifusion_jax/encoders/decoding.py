@@ -116,19 +116,42 @@ def decode(
       max_new_tokens: most words a row.
     """
     mask = jnp.asarray(batch.mask)
-    prompt_slots = mask.shape[1]
     positions = model.positions(batch)
     # An answer goes on after the largest position of its prompt, on all axes where there are three.
     following = 1 + jnp.max(jnp.where(mask, positions, -1).reshape(-1, *mask.shape), axis=(0, 2))
-    decoder = model.decoder
     image_index, image_mask = compact_index(jnp.asarray(batch.is_image) & mask, image_tokens)
     logits, image_states, cache = _prefill(model, batch, positions, image_index, layers, max_new_tokens)
+    step, rows = jnp.zeros((), jnp.int32), (mask.shape[0], max_new_tokens)
+    states = jnp.zeros((*rows, *image_states.shape[2:]), image_states.dtype)
+    drawn = _draw(logits, drawing, stop_ids, step)
+    loop = _Loop(step, *drawn, jnp.full(rows, stop_ids[0]), states, cache)
+    loop = _words(model, loop, following, drawing, stop_ids, layers)
+    is_word = ~jnp.any(loop.token_ids[:, :, None] == stop_ids, axis=-1)
+    states = _join(image_states, image_mask, loop.states, is_word)
+    return Decoded(loop.token_ids, jnp.sum(is_word, axis=1), loop.done, states)
 
+
+def _draw(
+    logits: Float[Array, "B V"], drawing: Drawing, stop_ids: Int[Array, "stops"], step: Int[Array, ""]
+) -> tuple[Int[Array, "B"], Bool[Array, "B"]]:
+    """Draws the next token of each row, and tells which rows it ends."""
+    token = sample_tokens(logits, drawing, step)
+    return token, jnp.any(token[:, None] == stop_ids, axis=1)
+
+
+def _words(
+    model: LanguageModel,
+    first: _Loop,
+    following: Int[Array, "B"],
+    drawing: Drawing,
+    stop_ids: Int[Array, "stops"],
+    layers: Sequence[int],
+) -> _Loop:
+    """Decodes until all rows are done or the room is full; `following` are the positions of the first new tokens."""
+    max_new_tokens = first.token_ids.shape[1]
+    prompt_slots = first.cache.mask.shape[1] - max_new_tokens
+    decoder = model.decoder
     blocks = decoder.layers.cut()
-
-    def draw(logits: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
-        token = sample_tokens(logits, drawing, step)
-        return token, jnp.any(token[:, None] == stop_ids, axis=1)
 
     def body(loop: _Loop) -> _Loop:
         slot = prompt_slots + loop.step
@@ -141,7 +164,7 @@ def decode(
             layers,
             blocks=blocks,
         )
-        token, stopped = draw(decoder.logits(x[:, 0]), loop.step + 1)
+        token, stopped = _draw(decoder.logits(x[:, 0]), drawing, stop_ids, loop.step + 1)
         return _Loop(
             step=loop.step + 1,
             token=token,
@@ -151,14 +174,7 @@ def decode(
             cache=cache,
         )
 
-    step = jnp.zeros((), jnp.int32)
-    rows = (mask.shape[0], max_new_tokens)
-    states = jnp.zeros((*rows, *image_states.shape[2:]), image_states.dtype)
-    first = _Loop(step, *draw(logits, step), jnp.full(rows, stop_ids[0]), states, cache)
-    loop = jax.lax.while_loop(lambda loop: (loop.step < max_new_tokens) & ~jnp.all(loop.done), body, first)
-    is_word = ~jnp.any(loop.token_ids[:, :, None] == stop_ids, axis=-1)
-    states = _join(image_states, image_mask, loop.states, is_word)
-    return Decoded(loop.token_ids, jnp.sum(is_word, axis=1), loop.done, states)
+    return jax.lax.while_loop(lambda loop: (loop.step < max_new_tokens) & ~jnp.all(loop.done), body, first)
 
 
 def _prefill(

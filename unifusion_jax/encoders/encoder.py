@@ -5,7 +5,7 @@ import functools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,17 +15,16 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from unifusion_jax import weights
-from unifusion_jax.encoders import decoding, folder, registry
+from unifusion_jax.encoders import decoding, folder
 from unifusion_jax.encoders.batch import EncoderBatch, LayerStates
 from unifusion_jax.encoders.decoder_config import check_layers
 from unifusion_jax.encoders.forms import Form, exported_size, formed, sources
 from unifusion_jax.encoders.internvl import InternVLConfig
 from unifusion_jax.encoders.lm_loss import next_token_loss
 from unifusion_jax.encoders.processor import Processor
-from unifusion_jax.encoders.quantization import quantizer
 from unifusion_jax.encoders.tiling import TilingConfig
 from unifusion_jax.layers import ShapesOnly
-from unifusion_jax.parallel.sharding import batch_sharding, param_shardings
+from unifusion_jax.parallel.sharding import batch_sharding
 from unifusion_jax.prompt import Prompt
 
 # Prompts are padded to a multiple of this before decoding, so that few lengths are compiled.
@@ -218,16 +217,7 @@ class Encoder:
         Raises:
           ValueError: prompt and description together exceed the decoder's positions, or the encoder has no decoder.
         """
-        if max_new_tokens < 1 or temperature < 0:
-            raise ValueError(
-                f"Expected max_new_tokens >= 1 and temperature >= 0, got {max_new_tokens} and {temperature}."
-            )
-        if not 0 < top_p <= 1:
-            raise ValueError(f"top_p is a probability in (0, 1], got {top_p}; 1 draws from all tokens.")
-        if not self.config.decodes:
-            raise ValueError(
-                "This encoder has no decoder (T5 only reads), so it cannot rewrite. Export its states instead."
-            )
+        self._check_decoding(max_new_tokens, temperature, top_p)
         processor = self.processor
         rows = [processor.prepare_row(_question(prompt, system_prompt), max_tiles=max_tiles) for prompt in prompts]
         batch = processor.collate(rows, max_tokens=self._prompt_tokens(rows, max_new_tokens))
@@ -268,6 +258,18 @@ class Encoder:
     @property
     def _what(self) -> dict[str, Any]:
         return {"config": self.config, "layers": self.layers, "form": self.form}
+
+    def _check_decoding(self, max_new_tokens: int, temperature: float, top_p: float) -> None:
+        if max_new_tokens < 1 or temperature < 0:
+            raise ValueError(
+                f"Expected max_new_tokens >= 1 and temperature >= 0, got {max_new_tokens} and {temperature}."
+            )
+        if not 0 < top_p <= 1:
+            raise ValueError(f"top_p is a probability in (0, 1], got {top_p}; 1 draws from all tokens.")
+        if not self.config.decodes:
+            raise ValueError(
+                "This encoder has no decoder (T5 only reads), so it cannot rewrite. Export its states instead."
+            )
 
     def _prompt_tokens(self, rows: Sequence[Any], max_new_tokens: int) -> int:
         longest = max(len(row.token_ids) for row in rows)
@@ -345,59 +347,3 @@ def _decode(
 def abstract_model(config: Any, dtype: str) -> Any:
     """Returns the network with shapes in the place of parameters; costs no memory at any size."""
     return nnx.eval_shape(lambda: config.build(param_dtype=jnp.dtype(dtype), rngs=ShapesOnly()))
-
-
-def read_config(path: str | os.PathLike[str]) -> Any:
-    """Reads an encoder's sizes from its `config.json`, without its weights; see `load` for the errors."""
-    raw = weights.read_json(weights.resolve(path) / "config.json")
-    return registry.find(raw).read_config(raw)
-
-
-def load(
-    path: str | os.PathLike[str],
-    *,
-    layers: Sequence[int] | None = None,
-    form: Form = "states",
-    dtype: str = "bfloat16",
-    mesh: Mesh | None = None,
-    quantize: Literal["none", "int8"] = "none",
-) -> Encoder:
-    """Loads an encoder; its `config.json` decides which.
-
-    Args:
-      path: local folder or hub id, in any published layout; `docs/encoders.md` lists families and layouts.
-      layers: exported layers, 0 (embeddings) .. number of blocks; every third from 1 when None.
-      form: what is exported of them, see `Encoder`.
-      dtype: of parameters and states.
-      mesh: devices to spread the parameters over; the default device when None.
-      quantize: "int8" keeps the matrices of all linear maps as 8-bit integers with a scale per output channel; embeddings,
-        convolutions, norms and biases stay in `dtype`, in which it still computes.
-
-    Raises:
-      FileNotFoundError: no such folder or missing files.
-      ValueError: unsupported model, or weights that do not fit the config, all listed.
-    """
-    root = weights.resolve(path)
-    raw = weights.read_json(root / "config.json")
-    family = registry.find(raw)
-    rules = family.rules(family.read_config(raw))  # an unsupported model is told before its weights are looked for
-    files = weights.SafetensorsFolder(root)
-    heads = {rule.source for rule in rules if rule.target == "decoder.head.kernel"}
-    config = family.read_config(raw, has_head=any(family.canonical_name(name) in heads for name in files.names()))
-    model = abstract_model(config, dtype)
-
-    def rename(name: str) -> str | None:
-        canonical = family.canonical_name(name)
-        # Some writers store the output head although it is tied to the embeddings.
-        return None if canonical in heads and config.decoder.tie_embeddings else canonical
-
-    params = weights.load(
-        nnx.to_pure_dict(nnx.state(model, nnx.Param)),
-        files,
-        rules,
-        rename=rename,
-        shardings=param_shardings(model, mesh) if mesh is not None else None,
-        finish=quantizer(model, quantize),
-    )
-    processor = functools.partial(family.read_processor, root, raw, config)
-    return Encoder(config, params, processor, layers=layers, form=form, mesh=mesh)

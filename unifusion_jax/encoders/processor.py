@@ -140,12 +140,7 @@ class Processor:
         if not rows:
             raise ValueError("Got no prompts, expected at least one.")
         for index, row in enumerate(rows):
-            self._check_row(index, row, max_tokens, row_tiles)
-            if max_kept is not None and row.keep.sum() > max_kept:
-                raise ValueError(
-                    f"Prompt {index} keeps {row.keep.sum()} tokens ({row.is_image.sum()} of them image tokens), room "
-                    f"is for {max_kept}. Shorten its target, lower max_tiles, or raise max_kept."
-                )
+            self.check_row(row, f"Prompt {index}", max_tokens=max_tokens, row_tiles=row_tiles, max_kept=max_kept)
         length = max(len(row.token_ids) for row in rows) if max_tokens is None else max_tokens
         tiles = max(_tiles(row) for row in rows) if row_tiles is None else row_tiles
         pixels = grid = None
@@ -179,18 +174,32 @@ class Processor:
         """Returns the text of decoded ids, control tokens left out."""
         return self.tokenizer.decode([int(token) for token in token_ids], skip_special_tokens=True)
 
-    def _check_row(self, index: int, row: Row, max_tokens: int | None, row_tiles: int | None) -> None:
+    def check_row(
+        self,
+        row: Row,
+        name: str = "The prompt",
+        *,
+        max_tokens: int | None = None,
+        row_tiles: int | None = None,
+        max_kept: int | None = None,
+    ) -> None:
+        """Raises ValueError, which says `name`, for a row that `collate` with these arguments would refuse."""
         length, images = len(row.token_ids), int(row.is_image.sum())
         limit = self.max_positions if max_tokens is None else min(max_tokens, self.max_positions)
         if length > limit:
             raise ValueError(
-                f"Prompt {index} has {length} tokens ({images} of them image tokens, {_tiles(row)} tiles), the budget "
+                f"{name} has {length} tokens ({images} of them image tokens, {_tiles(row)} tiles), the budget "
                 f"is {limit}. Shorten the text, lower max_tiles, or raise max_tokens (at most {self.max_positions})."
             )
         if row_tiles is not None and _tiles(row) > row_tiles:
             raise ValueError(
-                f"Prompt {index} has {_tiles(row)} tiles, room is for {row_tiles}. Lower max_tiles, give fewer images, "
+                f"{name} has {_tiles(row)} tiles, room is for {row_tiles}. Lower max_tiles, give fewer images, "
                 "or raise row_tiles."
+            )
+        if max_kept is not None and row.keep.sum() > max_kept:
+            raise ValueError(
+                f"{name} keeps {row.keep.sum()} tokens ({images} of them image tokens), room is for {max_kept}. Shorten its "
+                "target, lower max_tiles, or raise max_kept."
             )
 
 

@@ -7,7 +7,6 @@ from typing import Literal
 
 import numpy as np
 import PIL.Image
-import tqdm
 
 from unifusion_jax import modes
 from unifusion_jax.data.shapes.detector import Detection, detect
@@ -23,7 +22,7 @@ from unifusion_jax.data.shapes.source import (
 )
 from unifusion_jax.flow import SamplingConfig
 from unifusion_jax.pipeline import UniFusion
-from unifusion_jax.prompt import Prompt
+from unifusion_jax.prompt import DEFAULT_GUIDANCE, Prompt
 
 # How the text that conditions comes about: as the model was trained, decoded by the encoder (VERIFI), the user's own words,
 # or the true description.
@@ -47,7 +46,7 @@ class Drawing:
     """
 
     steps: int = 30
-    guidance: float = 3.0
+    guidance: float = DEFAULT_GUIDANCE
     text: Text = "trained"
     mode: str = modes.AUTO
     tiles: int | None = None
@@ -60,18 +59,18 @@ class Drawing:
 
     def run(self, model: UniFusion, prompts: Sequence[Prompt], about: str) -> Iterator[tuple[Detection, str]]:
         """Draws each prompt; yields what is in the picture, and the text that conditioned it."""
-        sampling = SamplingConfig(self.steps, guidance=self.guidance)
-        for start in tqdm.trange(0, len(prompts), self.batch_size, desc=about, unit="batch"):
-            condition = model.condition(
-                prompts[start : start + self.batch_size],
-                mode=self.mode,
-                rewrite=None if self.text == "trained" else self.text == "verifi",
-                tiles=self.tiles,
-            )
-            for image, text in zip(
-                model.sample(condition, seed=self.seed + start, sampling=sampling), condition.texts, strict=True
-            ):
-                yield detect(np.asarray(image)), text
+        found = model.draw(
+            prompts,
+            seed=self.seed,
+            sampling=SamplingConfig(self.steps, guidance=self.guidance),
+            batch_size=self.batch_size,
+            about=about,
+            mode=self.mode,
+            rewrite=None if self.text == "trained" else self.text == "verifi",
+            tiles=self.tiles,
+        )
+        for drawn in found:
+            yield detect(np.asarray(drawn.image)), drawn.text
 
 
 def evaluate_prompts(

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from unifusion_jax.flow.matching import Latents, shift_timesteps
+from unifusion_jax.prompt import DEFAULT_GUIDANCE
 
 Velocity = Callable[[Latents, Float[Array, " B"]], Latents]
 SOLVERS = ("euler", "heun")
@@ -35,7 +36,7 @@ class SamplingConfig:
 
     steps: int = 30
     solver: str = "euler"
-    guidance: float = 4.0
+    guidance: float = DEFAULT_GUIDANCE
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     shift: float = 1.0
     switch: float = 0.15

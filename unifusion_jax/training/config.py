@@ -9,6 +9,7 @@ from unifusion_jax.dit import DiTConfig
 from unifusion_jax.flow import FlowConfig
 from unifusion_jax.parallel.mesh import MeshConfig
 from unifusion_jax.parallel.remat import RematName
+from unifusion_jax.prompt import DEFAULT_GUIDANCE
 from unifusion_jax.training.optimizer import OptimizerConfig
 
 
@@ -105,7 +106,7 @@ class PreviewConfig:
 
     every_steps: int = 0
     steps: int = 20
-    guidance: float = 3.0
+    guidance: float = DEFAULT_GUIDANCE
     prompts: tuple[str, ...] = ()
 
 
@@ -121,7 +122,7 @@ class EvaluationConfig:
 
     prompts: int = 0
     steps: int = 20
-    guidance: float = 3.0
+    guidance: float = DEFAULT_GUIDANCE
 
 
 @dataclasses.dataclass(frozen=True)

@@ -148,11 +148,17 @@ def _build_row(record: Record, bucket: Bucket, *, processor: Any, prompts: Syste
     # Mostly the full 10 tiles, sometimes 5 or 1: all must be readable. The record's id decides, so a restart agrees.
     roll = zlib.crc32(record.id.encode()) % 10
     tiles = 9 if roll < 7 else 4 if roll < 9 else 1
-    return processor.prepare_row(target_prompt(record, prompts), max_tiles=tiles)
+    row = processor.prepare_row(target_prompt(record, prompts), max_tiles=tiles)
+    processor.check_row(row, **_limits(bucket))  # here, where whoever catches it can name the record
+    return row
+
+
+def _limits(bucket: Bucket) -> dict[str, int]:
+    return {"max_tokens": bucket.max_tokens, "row_tiles": bucket.max_tiles}
 
 
 def _collate(rows: Sequence[Row], bucket: Bucket, *, processor: Any) -> EncoderBatch:
-    return processor.collate(rows, max_tokens=bucket.max_tokens, row_tiles=bucket.max_tiles)
+    return processor.collate(rows, **_limits(bucket))
 
 
 def _is_right(text: str, record: Record, prompts: SystemPrompts) -> bool:

@@ -154,14 +154,15 @@ def _prompt_of(record: Record, asked: EncoderRef) -> Prompt:
 def _build_row(
     record: Record, bucket: Bucket, *, processor: Any, asked: EncoderRef, tiles_per_image: int
 ) -> tuple[np.ndarray, Row]:
-    return to_pixels(record.image), processor.prepare_row(_prompt_of(record, asked), max_tiles=tiles_per_image)
+    row = processor.prepare_row(_prompt_of(record, asked), max_tiles=tiles_per_image)
+    processor.check_row(row, **_limits(bucket))  # here, where whoever catches it can name the record
+    return to_pixels(record.image), row
+
+
+def _limits(bucket: Bucket) -> dict[str, int]:
+    return {"max_tokens": bucket.max_tokens, "row_tiles": bucket.max_tiles, "max_kept": bucket.max_kept_tokens}
 
 
 def _collate(rows: Sequence[tuple[np.ndarray, Row]], bucket: Bucket, *, processor: Any) -> dict[str, Any]:
-    prompt: EncoderBatch = processor.collate(
-        [row for _, row in rows],
-        max_tokens=bucket.max_tokens,
-        row_tiles=bucket.max_tiles,
-        max_kept=bucket.max_kept_tokens,
-    )
+    prompt: EncoderBatch = processor.collate([row for _, row in rows], **_limits(bucket))
     return {"image": np.stack([image for image, _ in rows]), "prompt": prompt}
