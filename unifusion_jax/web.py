@@ -53,6 +53,33 @@ class Limits:
     waiting: int = 32
 
 
+@dataclasses.dataclass(frozen=True)
+class Shown:
+    """The description that a user sees, and what it was shown for; the page keeps it for each of its users.
+
+    Attributes:
+      description: the text.
+      own: whether the user wrote it.
+      prompt: the prompt beside it.
+      files: the reference pictures beside it.
+    """
+
+    description: str
+    own: bool
+    prompt: str
+    files: tuple[str, ...]
+
+
+def is_own(shown: Shown | None, description: str, prompt: str, files: Sequence[str]) -> bool:
+    """Whether `description` is the user's and to be drawn as it stands, not the model's and to be written anew.
+
+    It is once they changed what was shown, and from then on until they change the prompt or the pictures.
+    """
+    if shown is None or description.split() != shown.description.split():
+        return bool(description.strip())
+    return shown.own and (prompt, tuple(files)) == (shown.prompt, shown.files)
+
+
 @dataclasses.dataclass
 class Page:
     """What the page does, apart from how it looks.
@@ -82,10 +109,10 @@ class Page:
             raise _mistake(_without_folders(str(error), files)) from error
         return read
 
-    def request_of(self, prompt: str, files: Sequence[str] | None, *fields: Any) -> Request:
+    def request_of(self, shown: Shown | None, prompt: str, files: Sequence[str] | None, *fields: Any) -> Request:
         """Makes a request of what the page's fields hold; `fields` are in the order of `FIELDS`."""
         values = dict(zip(FIELDS, fields, strict=True))
-        keep, description = values.pop("keep"), values.pop("description")
+        description = values.pop("description") or ""
         limits = self.limits
         empty = [name for name in NUMBERS if values[name] is None]
         if empty:
@@ -104,7 +131,7 @@ class Page:
             return Request(
                 prompt or "",
                 self.look_at(files),
-                target=description.strip() or None if keep else None,
+                target=description.strip() if is_own(shown, description, prompt or "", files or []) else None,
                 system_prompt=values.pop("system_prompt") or None,
                 tiles=tiles or None,
                 size=size,
@@ -113,30 +140,37 @@ class Page:
         except (ValueError, TypeError) as error:
             raise _mistake(str(error)) from error
 
-    def draw(self, *fields: Any) -> Iterator[tuple[Any, Any, str]]:
-        """Draws; yields (description, files, progress as HTML) while it goes on. Closing it stops the sampling."""
-        request = self.request_of(*fields)
-        yield gr.skip(), [], _bar(0, request.steps, "reading the prompt")
+    def draw(
+        self, shown: Shown | None, prompt: str, files: Sequence[str] | None, *fields: Any
+    ) -> Iterator[tuple[Any, Any, Any, str]]:
+        """Draws; yields (shown, description, pictures, progress as HTML) while it goes on. Closing it stops the sampling."""
+        request = self.request_of(shown, prompt, files, *fields)
+        own = request.target is not None
+        doing = "drawing your description" if own else "drawing"
+        # Pictures made before stay until there are new ones: a request that fails or is cancelled takes nothing away.
+        yield gr.skip(), gr.skip(), gr.skip(), _bar(0, request.steps, "reading the prompt")
         try:
             condition = request.condition(self.model)
             description = condition.prompts[0].target or ""
-            yield description, gr.skip(), _bar(0, request.steps, "drawing")
+            shown = Shown(description, own, request.prompt, tuple(files or []))
+            # Only once: what the user makes of it while it is drawn stays.
+            yield shown, description, gr.skip(), _bar(0, request.steps, doing)
             made: list[PIL.Image.Image] = []
             for progress in request.sample_in_chunks(self.model, condition, math.ceil(request.steps / _CHUNKS)):
                 made = progress.images or []
-                yield gr.skip(), gr.skip(), _bar(progress.steps, progress.total_steps, "drawing")
+                yield gr.skip(), gr.skip(), gr.skip(), _bar(progress.steps, progress.total_steps, doing)
         except ValueError as error:
             raise _mistake(str(error)) from error
         self._forget_old()
-        files = []
+        written = []
         for number, image in enumerate(made):
             handle, name = tempfile.mkstemp(
                 prefix=f"unifusion-{request.seed + number}-", suffix=".png", dir=self.folder
             )
             os.close(handle)
             images.save(image, name, settings=request.settings(condition, number))
-            files.append(name)
-        yield description, files, _bar(request.steps, request.steps, "done")
+            written.append(name)
+        yield gr.skip(), gr.skip(), written, _bar(request.steps, request.steps, "done")
 
     def _forget_old(self) -> None:
         for file in self.folder.glob("unifusion-*.png"):
@@ -146,7 +180,7 @@ class Page:
 
 # Inputs of `Page.draw` behind prompt and pictures, in order.
 FIELDS = (
-    *("mode", "rewrite", "keep", "description", "system_prompt", "seed", "count", "steps", "guidance", "size", "tiles"),
+    *("mode", "rewrite", "description", "system_prompt", "seed", "count", "steps", "guidance", "size", "tiles"),
     *("switch", "solver", "temperature", "top_p"),
 )
 NUMBERS = ("seed", "count", "steps", "guidance", "switch", "temperature", "top_p")  # those that a user can leave empty
@@ -260,20 +294,29 @@ def build(model: UniFusion, folder: Path, limits: Limits | None = None) -> gr.Bl
                     elem_id="gallery",
                 )
                 progress = gr.HTML(elem_id="progress")
-                settings |= _description(limits)
-        inputs = [prompt, files, *(settings[name] for name in FIELDS)]
+                settings["description"] = gr.Textbox(
+                    label="Description that is drawn",
+                    info="The model writes it from your prompt (VERIFI). Change it and your words are drawn, until you "
+                    "change the prompt or the pictures; empty it and the model writes again.",
+                    lines=4,
+                    max_length=limits.prompt_characters,
+                    elem_id="description",
+                )
+        shown = gr.State(None)
+        inputs = [shown, prompt, files, *(settings[name] for name in FIELDS)]
         started = gr.on(
             [run.click, prompt.submit],
             # Gradio asks whether it is a generator function itself.
             lambda *fields: (yield from page.draw(*fields)),  # pyright: ignore[reportReturnType]
             inputs,
-            [settings["description"], gallery, progress],
+            [shown, settings["description"], gallery, progress],
             api_name="draw",
             show_progress_on=gallery,
             concurrency_limit=1,
             concurrency_id="model",
         )
-        started.failure(lambda: "nothing was drawn", outputs=progress, queue=False, api_visibility="private")
+        # Also of a request cancelled while something is compiled, whose last words come after those of cancelling.
+        started.failure(lambda: "stopped, nothing new was drawn", outputs=progress, queue=False, api_visibility="private")
         cancel.click(lambda: "cancelled", outputs=progress, cancels=[started], queue=False, api_name="cancelled")
         # A queue of its own: few pictures are decoded at once, and a mistake is told as those of drawing are.
         files.change(
@@ -328,19 +371,3 @@ def _settings(model: UniFusion, limits: Limits) -> dict[str, Any]:
         made["switch"] = gr.Slider(0.0, 1.0, 0.15, step=0.01, label="Share of steps under the picture (zero_shot_edit)")
         made["solver"] = gr.Radio(["euler", "heun"], value="euler", label="Solver")
     return made
-
-
-def _description(limits: Limits) -> dict[str, Any]:
-    """Lays out the description and what is to be done with it."""
-    return {
-        "description": gr.Textbox(
-            label="Description that was drawn (written by the model, VERIFI)",
-            placeholder="What the model makes of your prompt; change it and draw that.",
-            lines=4,
-            max_length=limits.prompt_characters,
-            elem_id="description",
-        ),
-        "keep": gr.Checkbox(
-            False, label="Draw the description above as it stands, do not write another", elem_id="keep"
-        ),
-    }
