@@ -315,8 +315,15 @@ def build(model: UniFusion, folder: Path, limits: Limits | None = None) -> gr.Bl
             concurrency_limit=1,
             concurrency_id="model",
         )
-        # Also of a request cancelled while something is compiled, whose last words come after those of cancelling.
-        started.failure(lambda: "stopped, nothing new was drawn", outputs=progress, queue=False, api_visibility="private")
+        # A cancelled request fails too, a while later; that it was cancelled is what its user is to read.
+        started.failure(
+            None,
+            progress,
+            progress,
+            js="(said) => [said === 'cancelled' ? said : 'stopped, nothing new was drawn']",
+            queue=False,
+            api_visibility="private",
+        )
         cancel.click(lambda: "cancelled", outputs=progress, cancels=[started], queue=False, api_name="cancelled")
         # A queue of its own: few pictures are decoded at once, and a mistake is told as those of drawing are.
         files.change(
