@@ -23,8 +23,8 @@ from unifusion_jax.request import Request, parse_size
 
 # Finished pictures are kept this long for the page to show; Gradio keeps copies of its own as long.
 _KEEP_S = 6 * 3600
-# One reference would else be as wide as the column.
-_CSS = "#seen .grid-container { grid-template-columns: repeat(4, 1fr); }"
+# One reference would else be as wide as the column, and the gallery's label would lie on the first picture.
+_CSS = "#seen .grid-container { grid-template-columns: repeat(4, 1fr); } #gallery .grid-wrap { padding-top: 32px; }"
 _CHUNKS = 20  # into which the steps are cut: how fine the progress is, and how soon a request ends when it is cancelled
 
 
@@ -192,8 +192,11 @@ def _mistake(message: str) -> gr.Error:
 
 
 def _bar(steps: int, total: int, what: str) -> str:
+    done = f'<div style="width: {100 * steps / total:.1f}%; height: 10px; background: var(--color-accent)"></div>'
+    style = "background: var(--border-color-primary); border-radius: 5px; overflow: hidden"
+    values = f'aria-valuenow="{steps}" aria-valuemax="{total}"'
     return (
-        f'<progress value="{steps}" max="{total}" style="width: 100%; accent-color: var(--color-accent)"></progress>'
+        f'<div role="progressbar" {values} style="{style}">{done}</div>'
         f"<div>{html.escape(what)}: step {steps} of {total}</div>"
     )
 
