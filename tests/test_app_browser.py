@@ -73,12 +73,14 @@ def visit(browser, server):
 
 def fill(page, prompt, *, description="", seed=0, steps=STEPS):
     """Fills the form in."""
-    page.fill("#prompt textarea", prompt)
-    page.fill("#description textarea", description)
+    page.get_by_text("More settings", exact=True).click()
+    size = page.locator("#size input, #size textarea")
+    size.fill("64")
     for name, value in {"seed": seed, "steps": steps, "guidance": 2}.items():
         page.fill(f"#{name} input[type=number]", str(value))
-    page.get_by_text("More settings", exact=True).click()
-    page.fill("#size input, #size textarea", "64")
+    page.fill("#prompt textarea", prompt)
+    page.fill("#description textarea", description)
+    expect(size).to_have_value("64")
 
 
 def says(page, words):
