@@ -54,6 +54,7 @@ setup(
             "diffusers>=0.36",
             "pyarrow",
             "gradio>=6",
+            "playwright>=1.49",
             "nbclient",
             "nbformat",
             "ipykernel",

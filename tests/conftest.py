@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+import warnings
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("UNIFUSION_TEST_PLATFORM", "cpu")
 _FLAGS = (
@@ -35,3 +36,14 @@ def frozen(tmp_path_factory):
     folder = tmp_path_factory.mktemp("frozen")
     write_frozen(folder)
     return folder
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves tests in a browser out, with a warning, where there is none; see `browser_support.left_out`."""
+    import browser_support
+
+    chosen = [item for item in items if item.get_closest_marker("browser")]
+    if chosen and browser_support.left_out():
+        config.hook.pytest_deselected(items=chosen)
+        items[:] = [item for item in items if item not in chosen]
+        warnings.warn(f"{len(chosen)} tests of the web page were left out. {browser_support.ABSENT}", stacklevel=1)

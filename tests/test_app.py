@@ -15,7 +15,7 @@ from pipeline_support import shaken_model
 from unifusion_jax import Prompt, app, images, web
 
 DEFAULTS = {
-    "mode": "auto", "rewrite": True, "keep": True, "description": "A red circle.", "system_prompt": "", "seed": 0,
+    "mode": "auto", "rewrite": True, "description": "A red circle.", "system_prompt": "", "seed": 0,
     "count": 1, "steps": 2, "guidance": 2.0, "size": "64x64", "tiles": 0, "switch": 0.15, "solver": "euler",
     "temperature": 0.0, "top_p": 1.0,
 }  # fmt: skip
@@ -29,13 +29,8 @@ def model(frozen):
 
 @pytest.fixture(scope="module")
 def server(model, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
-    blocks = web.build(model, folder, LIMITS)
-    _, url, _ = blocks.launch(
-        prevent_thread_lock=True, server_name="127.0.0.1", allowed_paths=[str(folder)], quiet=True, inbrowser=False,
-        max_file_size=LIMITS.picture_mb << 20, show_error=True,
-    )  # fmt: skip
-    yield url
+    blocks = web.serve(model, tmp_path_factory.mktemp("pictures"), LIMITS, wait=False)
+    yield blocks.local_url
     blocks.close()
 
 
@@ -49,9 +44,11 @@ def arguments(prompt, files=(), **changes):
     return prompt, [gradio_client.handle_file(str(file)) for file in files], *(fields[name] for name in web.FIELDS)
 
 
-def draw(server, folder, *fields, **changes):
-    """Returns the last (description, files, progress)."""
-    description, gallery, progress = client(server, folder).predict(*arguments(*fields, **changes), api_name="/draw")
+def draw(server, folder, *fields, user=None, **changes):
+    """Draws for a `user` that `client` made, or a new one; returns (description shown, files, progress)."""
+    job = (user or client(server, folder)).submit(*arguments(*fields, **changes), api_name="/draw")
+    _, gallery, progress = job.result()
+    description = next(output[0] for output in job.outputs() if isinstance(output[0], str))
     return description, [item["image"] for item in gallery], progress
 
 
@@ -74,11 +71,27 @@ def test_draws_what_the_model_draws_and_stores_the_settings(model, server, tmp_p
     )
 
 
-def test_writes_a_description_shows_it_and_takes_it_back(model, server, tmp_path):
-    description, files, _ = draw(server, tmp_path, "a ring", keep=False, description="something old")
-    assert description == model.condition(["a ring"]).texts[0]
-    again, same_files, _ = draw(server, tmp_path, "a ring", keep=True, description=description)
-    assert again == description and same(files[0], PIL.Image.open(same_files[0]))
+def test_draws_the_description_that_the_user_changed_until_they_ask_for_something_else(model, server, tmp_path):
+    written, other = model.condition(["a ring", "a star"]).texts
+    assert written.strip() and written != other
+    user = client(server, tmp_path)
+    described = []
+    for prompt, description in [
+        ("a ring", ""),  # nothing yet
+        ("a ring", written),  # as it was shown
+        ("a ring", "A blue star."),  # changed
+        ("a ring", "A blue star."),  # drawn once more
+        ("a star", "A blue star."),  # left from another prompt
+        ("a ring", "A red ring."),  # prompt and description changed
+        ("a ring", ""),  # emptied
+    ]:
+        shown, files, _ = draw(server, tmp_path, prompt, user=user, description=description)
+        assert images.read_settings(files[0])["target"] == shown
+        described.append(shown)
+    assert described == [written, written, "A blue star.", "A blue star.", other, "A red ring.", written]
+    own = web.Shown("A blue star.", True, "make it blue", ("red.png",))
+    assert web.is_own(own, "A blue star.", "make it blue", ["red.png"])
+    assert not web.is_own(own, "A blue star.", "make it blue", ["green.png"])
 
 
 def test_edits_an_uploaded_picture(model, server, tmp_path):
@@ -87,7 +100,7 @@ def test_edits_an_uploaded_picture(model, server, tmp_path):
     _, files, _ = draw(server, tmp_path, "make it blue", [picture], description="A blue star.")
     reference = Prompt("make it blue", [images.load(picture)], target="A blue star.")
     assert same(files[0], model.generate([reference], steps=2, guidance=2.0, size=64)[0])
-    _, files, _ = draw(server, tmp_path, "", [picture], mode="variation", keep=False)
+    _, files, _ = draw(server, tmp_path, "", [picture], mode="variation", description="")
     assert images.read_settings(files[0])["mode"] == "variation"
     shown = client(server, tmp_path).predict([gradio_client.handle_file(str(picture))], api_name="/look")
     assert len(shown["value"] if isinstance(shown, dict) else shown) == 1
@@ -97,11 +110,11 @@ def test_progress_and_cancel(model, server, tmp_path):
     caller = client(server, tmp_path)
     job = caller.submit(*arguments("a ring", steps=4000), api_name="/draw")
     deadline = time.monotonic() + 240
-    while not any("drawing: step" in str(output[2]) for output in job.outputs()):
+    while not any("drawing your description: step" in str(output[-1]) for output in job.outputs()):
         assert time.monotonic() < deadline and not job.done()
         time.sleep(0.05)
     job.cancel()
-    seen = [str(output[2]) for output in job.outputs()]
+    seen = [str(output[-1]) for output in job.outputs()]
     assert not any("done" in text for text in seen) and "reading the prompt: step 0 of 4000" in seen[0]
     # The model is free again at once: what was cancelled goes on for one stretch of steps at most.
     assert "step 2 of 2" in draw(server, tmp_path, "a ring")[2]
@@ -128,7 +141,7 @@ def test_two_users_at_once_get_each_their_own(model, server, tmp_path):
         ("x", ["large.png"], {}, "400x400 px is above the limit of 90000 pixels"),
         ("x", ["a.png", "a.png", "a.png"], {}, "At most 2 reference pictures, got 3"),
         ("x", [], {"mode": "edit"}, "takes exactly 1 reference pictures, got 0"),
-        ("", [], {"keep": False}, "The prompt is empty"),
+        ("", [], {"description": ""}, "The prompt is empty"),
         ("x", [], {"size": "50"}, "multiples of 16 px, got 50x50. The nearest is 48x48"),
         ("x", [], {"size": "256"}, "Sides of at most 128 px, got 256x256"),
         ("x", [], {"size": "wide"}, "size must be a side in px"),

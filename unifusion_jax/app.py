@@ -46,14 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         compile_cache.enable(options.compile_cache)
         model = UniFusion.load(options.checkpoint)
         with tempfile.TemporaryDirectory(prefix="unifusion-app-") as folder:
-            web.build(model, Path(folder), limits).launch(
-                server_name=options.host,
-                server_port=options.port or None,
-                max_file_size=limits.picture_mb << 20,
-                allowed_paths=[folder],
-                share=False,
-                show_error=True,
-            )
+            web.serve(model, Path(folder), limits, host=options.host, port=options.port or None)
     except (ValueError, OSError) as error:
         print(f"app: {error}", file=sys.stderr)
         return 1
