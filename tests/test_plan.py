@@ -13,10 +13,9 @@ from unifusion_jax.config import from_mapping
 from unifusion_jax.parallel import chips
 from unifusion_jax.parallel.hlo import collective_bytes
 from unifusion_jax.parallel.mesh import MeshConfig
-from unifusion_jax.plan import table
 from unifusion_jax.training.abstract import abstract_step, sharding_table
 from unifusion_jax.training.config import TrainConfig
-from unifusion_jax.training.planning import plan
+from unifusion_jax.training.planning import plan, table
 from unifusion_jax.training.search import cheapest_remat
 
 ROOT = Path(__file__).parents[1]

@@ -17,7 +17,7 @@ from unifusion_jax.config import from_mapping
 from unifusion_jax.parallel.chips import described_devices, memory_gib
 from unifusion_jax.training.abstract import sharding_table
 from unifusion_jax.training.config import TrainConfig
-from unifusion_jax.training.planning import DoesNotCompileError, Plan, plan
+from unifusion_jax.training.planning import DoesNotCompileError, Plan, plan, table
 from unifusion_jax.training.search import cheapest_remat
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -35,31 +35,6 @@ _CAPACITY = flags.DEFINE_float("hbm_gib", 0.0, "Memory of a chip in GiB, in plac
 _SEARCH = flags.DEFINE_bool("search", False, "Find the largest batch, then the cheapest remat, that fit.")
 _SHARDINGS = flags.DEFINE_bool("shardings", False, "Only print how each parameter lies on the config's mesh.")
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object in place of the table.")
-
-
-def table(found: Plan) -> str:
-    """Returns a plan as text."""
-    gib = {name: "not known" if value is None else f"{value:9.3f} GiB" for name, value in found.memory_gib.items()}
-    lines = [
-        f"{found.chips} x {found.device}, mesh {dict(found.mesh)}, task {found.task}",
-        f"batch {found.batch_size} in {found.accumulate_steps} part(s), remat {found.remat}, attention {found.attention}",
-        f"parameters: {found.parameters_trained:,} trained, {found.parameters_frozen:,} frozen",
-        "memory of a chip:",
-        *(f"  {name:<12} {value}" for name, value in gib.items()),
-        f"  {'together':<12} {'not known' if found.total_gib is None else f'{found.total_gib:9.3f} GiB'}"
-        + (f" of {found.capacity_gib:.2f}" if found.capacity_gib else "")
-        + (f" ({found.total_gib / found.capacity_gib:.0%})" if found.capacity_gib and found.total_gib else ""),
-        f"FLOPs of a step: {found.model_flops:.3e} model, {found.executed_flops:.3e} executed",
-        "bytes between chips, a chip and step: "
-        + (", ".join(f"{kind} {size:.3e}" for kind, size in found.collective_bytes.items()) or "none"),
-    ]
-    if found.step_time_bound_s is not None:
-        lines.append(
-            f"a step takes at least {found.step_time_bound_s:.2f} s ({found.bound_by}), so MFU is at most {found.mfu_bound:.0%}"
-        )
-    lines.append(f"traced and compiled in {found.compile_s:.0f} s")
-    lines.append({True: "fits", False: "DOES NOT FIT", None: "capacity not known: set --hbm_gib"}[found.fits])
-    return "\n".join(lines)
 
 
 def main(argv: list[str]) -> None:

@@ -6,6 +6,7 @@ a row exist is told by segment numbers: 1 for existing keys and for all queries,
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -89,7 +90,8 @@ def _run(
     segments = None
     if exists is not None:
         segments = kernels.SegmentIds(q=jnp.ones(query.shape[:2], jnp.int32), kv=exists)
-    return jnp.swapaxes(jax.vmap(kernel)(*heads_first, segments), 1, 2)
+    attended: Any = jax.vmap(kernel)(*heads_first, segments)  # a pair only where residuals are asked for
+    return jnp.swapaxes(attended, 1, 2)
 
 
 @functools.lru_cache(maxsize=64)

@@ -125,6 +125,31 @@ def plan(config: TrainConfig, devices: Sequence[jax.Device], *, capacity_gib: fl
     return _report(step, parts, total, capacity_gib, False if compiled is None else fits, collectives, compile_s)
 
 
+def table(found: Plan) -> str:
+    """Returns a plan as text."""
+    gib = {name: "not known" if value is None else f"{value:9.3f} GiB" for name, value in found.memory_gib.items()}
+    lines = [
+        f"{found.chips} x {found.device}, mesh {dict(found.mesh)}, task {found.task}",
+        f"batch {found.batch_size} in {found.accumulate_steps} part(s), remat {found.remat}, attention {found.attention}",
+        f"parameters: {found.parameters_trained:,} trained, {found.parameters_frozen:,} frozen",
+        "memory of a chip:",
+        *(f"  {name:<12} {value}" for name, value in gib.items()),
+        f"  {'together':<12} {'not known' if found.total_gib is None else f'{found.total_gib:9.3f} GiB'}"
+        + (f" of {found.capacity_gib:.2f}" if found.capacity_gib else "")
+        + (f" ({found.total_gib / found.capacity_gib:.0%})" if found.capacity_gib and found.total_gib else ""),
+        f"FLOPs of a step: {found.model_flops:.3e} model, {found.executed_flops:.3e} executed",
+        "bytes between chips, a chip and step: "
+        + (", ".join(f"{kind} {size:.3e}" for kind, size in found.collective_bytes.items()) or "none"),
+    ]
+    if found.step_time_bound_s is not None:
+        lines.append(
+            f"a step takes at least {found.step_time_bound_s:.2f} s ({found.bound_by}), so MFU is at most {found.mfu_bound:.0%}"
+        )
+    lines.append(f"traced and compiled in {found.compile_s:.0f} s")
+    lines.append({True: "fits", False: "DOES NOT FIT", None: "capacity not known: set --hbm_gib"}[found.fits])
+    return "\n".join(lines)
+
+
 def _report(
     step: Step,
     parts: Mapping[str, float | None],
