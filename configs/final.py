@@ -30,6 +30,7 @@ def get_config(stage: str = "base") -> ml_collections.ConfigDict:
     config.total_steps = 200_000 if base else 10_000
     config.batch_size = 1024
     config.remat = "full"
+    config.conditioning.lap_chunk_tokens = 512  # its ten vectors a token would else take more memory than the DiT does
     config.mesh.data = 1
     config.mesh.fsdp = -1
     config.ema_decay = 0.9999 if base else 0.999

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -107,6 +109,20 @@ def test_lap_pools_each_token_alone():
     changed = lap(states.at[0, 2].add(1.0))
     differs = np.any(np.abs(np.asarray(changed - pooled)) > 1e-6, axis=-1)
     np.testing.assert_array_equal(np.argwhere(differs), [[0, 2]])
+
+
+def test_lap_pools_the_same_in_chunks():
+    remat = functools.partial(jax.checkpoint, prevent_cse=False)
+    whole = randomised(LAP(LAPConfig(4, 16, 2, 32), rngs=nnx.Rngs(0)))
+    chunked = nnx.merge(nnx.graphdef(LAP(LAPConfig(4, 16, 2, 32, chunk_tokens=2), rngs=nnx.Rngs(0))), nnx.state(whole))
+    states = jax.random.normal(jax.random.key(0), (2, 5, 4, 16))  # two chunks and one token
+
+    @nnx.jit
+    def both(lap):
+        return nnx.value_and_grad(lambda lap: jnp.sum(jnp.sin(lap(states, remat=remat))))(lap), lap(states)
+
+    for ours, expected in zip(*(jax.tree.leaves(both(lap)) for lap in (chunked, whole)), strict=True):
+        np.testing.assert_allclose(ours, expected, atol=1e-5)
 
 
 def test_lap_starts_as_the_mean_over_layers_and_ignores_their_scale():

@@ -39,6 +39,7 @@ class ConditioningConfig:
       lap_blocks: transformer blocks over the layer axis.
       lap_heads: their attention heads.
       lap_ffn_ratio: their feed-forward width over the encoder's width.
+      lap_chunk_tokens: tokens of a sample that a LAP pools at a time, 0 for all: less memory for long conditions, same result.
       layer_embedding: a learned vector per layer at LAP's input.
       refiner_blocks: bidirectional blocks over the input tokens; 0 turns the refiner off. "kv_fusion" puts no tokens into the
         sequence and has none.
@@ -56,6 +57,7 @@ class ConditioningConfig:
     lap_blocks: int = 2
     lap_heads: int = 28
     lap_ffn_ratio: float = 2.0
+    lap_chunk_tokens: int = 0
     layer_embedding: bool = True
     refiner_blocks: int = 2
     refiner_heads: int = 32
@@ -215,6 +217,7 @@ class ConditioningConfig:
             _round_to(encoder_size * self.lap_ffn_ratio, 16),
             self.lap_blocks,
             self.layer_embedding,
+            self.lap_chunk_tokens,
         )
 
     def refiner(self, encoder_size: int, model_size: int) -> RefinerConfig:

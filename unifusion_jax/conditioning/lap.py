@@ -1,6 +1,7 @@
 """Layerwise Attention Pooling: attention over the exported layers of one token, then one map over the layer axis."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -24,6 +25,8 @@ class LAPConfig:
       ffn_size: width of the SwiGLU layers.
       num_blocks: transformer blocks over the layer axis; the paper has two.
       layer_embedding: adds a learned vector per layer, which tells the blocks apart what attention alone cannot order.
+      chunk_tokens: tokens of a sample pooled at a time; 0 pools all at once. LAP works on N vectors a token, so of long
+        conditions its intermediate results are the largest of all; in chunks, only those of one chunk are held.
     """
 
     num_layers: int
@@ -32,8 +35,11 @@ class LAPConfig:
     ffn_size: int
     num_blocks: int = 2
     layer_embedding: bool = True
+    chunk_tokens: int = 0
 
     def __post_init__(self):
+        if self.chunk_tokens < 0:
+            raise ValueError(f"LAP pools chunk_tokens at a time, 0 for all at once; got {self.chunk_tokens}.")
         if self.num_layers < 1 or self.num_blocks < 1:
             raise ValueError(
                 f"LAP needs at least one layer and one block, got {self.num_layers} and {self.num_blocks}."
@@ -82,12 +88,24 @@ class LAP(nnx.Module):
 
     def __call__(self, states: Float[Array, "B S N H"], *, remat: Remat | None = None) -> Float[Array, "B S H"]:
         """Returns pooled states in the compute dtype. Raises ValueError when N or H differ from the config."""
-        batch, tokens, layers, width = states.shape
+        tokens, layers, width = states.shape[1:]
         if (layers, width) != (self.config.num_layers, self.config.encoder_size):
             raise ValueError(
                 f"LAP was built for {self.config.num_layers} layers of width {self.config.encoder_size}, got {layers} of "
                 f"{width}. The encoder or encoder.layers differ from the checkpoint's."
             )
+        if not 0 < self.config.chunk_tokens < tokens:
+            return self._pooled(states, remat)
+        # No token sees another here. With `remat`, the backward pass computes whole chunks again, not their blocks besides.
+        pooled = functools.partial(self._pooled, remat=None)
+        pooled = remat(pooled) if remat else pooled
+        chunks = jax.lax.map(
+            lambda token: pooled(token[:, None])[:, 0], jnp.moveaxis(states, 1, 0), batch_size=self.config.chunk_tokens
+        )
+        return jnp.moveaxis(chunks, 0, 1)
+
+    def _pooled(self, states: Float[Array, "B S N H"], remat: Remat | None) -> Float[Array, "B S H"]:
+        batch, tokens, layers, width = states.shape
         x = self.norm(states.astype(self.dtype)).reshape(batch * tokens, layers, width)
         if self.layer_embedding is not None:
             x = x + self.layer_embedding[...].astype(self.dtype)
