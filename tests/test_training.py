@@ -17,6 +17,7 @@ from unifusion_jax.training.checkpoints import Checkpoints
 from unifusion_jax.training.config import TrainConfig
 from unifusion_jax.training.health import NonFiniteError
 from unifusion_jax.training.loop import fit
+from unifusion_jax.training.metrics import MetricWriter
 from unifusion_jax.training.tasks import make_task
 
 
@@ -73,6 +74,18 @@ def test_metrics_have_the_promised_keys(straight):
         assert line["loss"] > 0
     assert any(line["loss_edit"] is not None for line in lines)
     assert list((workdir / "tensorboard").iterdir())
+
+
+def test_what_was_logged_after_a_checkpoint_is_not_logged_twice(tmp_path):
+    writer = MetricWriter(tmp_path, start_step=0)
+    for step, values in ((2, {"loss": 2.0}), (4, {"loss": 1.0}), (4, {"evaluation/all": 0.5}), (6, {"loss": 0.5})):
+        writer.write(step, values)
+    writer.close()
+    resumed = MetricWriter(tmp_path, start_step=4)
+    resumed.write(4, {"evaluation/all": 0.25})
+    resumed.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [{"step": 2, "loss": 2.0}, {"step": 4, "loss": 1.0}, {"step": 4, "evaluation/all": 0.25}]
 
 
 def test_interrupted_run_equals_the_uninterrupted_one_bit_for_bit(straight, frozen, tmp_path):

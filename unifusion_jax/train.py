@@ -56,7 +56,8 @@ def run(config: TrainConfig, workdir: Path) -> dict[str, float]:
     if jax.process_index() == 0:
         task.export(whole, workdir / "export")
     scores = task.evaluate(params)
-    writer.write(config.total_steps, {f"evaluation/{name}": value for name, value in scores.items()})
+    if scores:
+        writer.write(config.total_steps, {f"evaluation/{name}": value for name, value in scores.items()})
     writer.close()
     result = {"wall_s": time.perf_counter() - started, "training_wall_s": trained_s, **scores}
     if jax.process_index() == 0:

@@ -68,18 +68,22 @@ class MetricWriter:
 
 
 def _drop_after(path: Path, step: int) -> None:
-    """Cuts lines that an interrupted attempt logged after the checkpoint it is resumed from."""
+    """Cuts lines that an interrupted attempt logged after the checkpoint it is resumed from.
+
+    A step's first line is written before its checkpoint, a second one (final scores) after it.
+    """
     if not path.exists():
         return
-    kept = []
+    kept, last = [], -1
     for line in path.read_text().splitlines():
         try:
             entry = json.loads(line)
         except json.JSONDecodeError:
             break  # the process was killed while writing this line
-        if entry["step"] > step:
+        if entry["step"] > step or entry["step"] == last == step:
             break
         kept.append(line + "\n")
+        last = entry["step"]
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept))
     temporary.replace(path)
