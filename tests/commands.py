@@ -21,9 +21,8 @@ import transformers
 _IMPORTED = ("unifusion_jax.pipeline", "unifusion_jax.request", "unifusion_jax.training.loop", "unifusion_jax.images")
 _TIMEOUT_S = 300
 # As in the tests' own process, what is compiled is hardly run.
-ENVIRONMENT = os.environ | {
-    "XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.getcwd(),
-}  # fmt: skip
+SETTINGS = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.getcwd()}
+ENVIRONMENT = os.environ | SETTINGS
 
 
 def command(module, *arguments):

@@ -1,12 +1,12 @@
 """The notebooks: all are valid and clean, and the first one runs from top to bottom."""
 
 import dataclasses
-import os
 from pathlib import Path
 
 import nbclient
 import nbformat
 import pytest
+from commands import SETTINGS
 from IPython.core.inputtransformer2 import TransformerManager
 from pipeline_support import shaken_model
 
@@ -39,10 +39,8 @@ def test_valid_without_outputs_and_every_cell_compiles(name):
 
 
 def execute(name, folder, monkeypatch, **environment):
-    for variable, value in environment.items():
+    for variable, value in (SETTINGS | environment).items():
         monkeypatch.setenv(variable, value)
-    monkeypatch.setenv("PYTHONPATH", os.getcwd())
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
     notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
     nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(folder)}}).execute()
     return notebook

@@ -1,12 +1,12 @@
 """The rewrite command on a small data set: what it writes, keeps and refuses, alone, killed, and on several hosts."""
 
 import json
-import os
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from commands import ENVIRONMENT
 
 from unifusion_jax import encoders, rewrite
 from unifusion_jax.data import RecordSource, records, write_records
@@ -107,8 +107,7 @@ def test_a_killed_job_goes_on_from_its_last_whole_shard(frozen, source, tmp_path
         f"--encoder={frozen / 'encoder'}", f"--input={source}", f"--output={output}", "--batch_size=4", "--shards=5",
         f"--max_new_tokens={NEW_TOKENS}", "--dtype=float32", "--system_prompts=short",
     ]  # fmt: skip
-    environment = os.environ | {"PYTHONPATH": os.getcwd(), "XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    done = subprocess.run([sys.executable, "-c", script, *arguments], env=environment, capture_output=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", script, *arguments], env=ENVIRONMENT, capture_output=True, timeout=300)
     assert done.returncode == -9
     assert len(list(output.glob("*.arrayrecord"))) == 2 and not (output / "dataset.json").exists()
     times = {file: file.stat().st_mtime_ns for file in output.glob("*.arrayrecord")}
