@@ -115,6 +115,14 @@ def test_what_no_kernel_serves_is_done_by_xla(monkeypatch):
             jax.eval_shape(attention, *parts)
 
 
+@pytest.mark.parametrize(
+    ("platform", "queries", "keys", "most"),
+    [("cpu", 511, 9000, 511), ("cpu", 512, 512, 256), ("gpu", 1024, 1024, 4096), ("tpu", 16384, 16384, 256)],
+)
+def test_a_block_of_queries(platform, queries, keys, most):
+    assert attention_module._most_block_tokens(platform, queries, keys) == most
+
+
 def test_blocks_of_queries_have_their_own_masks_biases_and_places(monkeypatch):
     monkeypatch.setattr(attention_module, "_BLOCK_TOKENS", 8)  # 19 queries: three blocks, the last one not full
     parts = [part[:, :21] for part in inputs("none")[0]]

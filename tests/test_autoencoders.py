@@ -14,8 +14,9 @@ from autoencoders_support import perturbed
 from flax import nnx
 
 from unifusion_jax import autoencoders
-from unifusion_jax.autoencoders import Autoencoder, AutoencoderKLConfig, blocks
+from unifusion_jax.autoencoders import Autoencoder, AutoencoderKLConfig
 from unifusion_jax.autoencoders.loss import _gradient_error
+from unifusion_jax.parallel import attention
 from unifusion_jax.parallel.mesh import MeshConfig, make_mesh
 
 DOWN, UP = "DownEncoderBlock2D", "UpDecoderBlock2D"
@@ -70,7 +71,7 @@ def test_attention_over_many_cells_equals_all_pairs(monkeypatch):
         return jax.jit(lambda params: autoencoder.module(params).encode(images))(autoencoder.params)
 
     whole = encode()
-    monkeypatch.setattr(blocks, "_MAX_SCORES", 2 * 5 * 7 * 7)  # two rows at a time; five rows leave a remainder
+    monkeypatch.setattr(attention, "_BLOCK_TOKENS", 14)  # 35 cells: three blocks of twelve, the last one not full
     np.testing.assert_allclose(encode(), whole, atol=1e-5)
 
 

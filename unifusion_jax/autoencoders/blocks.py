@@ -20,8 +20,6 @@ _NORM_EPS = 1e-6
 # A new posterior is narrow (standard deviation 0.05). From unit noise a small network first learns to outshout it, which
 # costs thousands of steps.
 _INITIAL_LOGVAR = -6.0
-# Self-attention holds rows x tokens scores at once: 2**22 float32 scores are 16 MiB per image.
-_MAX_SCORES = 2**22
 # Wan and Qwen-Image divide by the length of the channel vector and guard only against zero.
 _TINY = 1e-24
 
@@ -148,12 +146,7 @@ class SpatialAttention(nnx.Module):
             query, key, value = jnp.split(self.to_qkv(tokens), 3, axis=-1)
         else:
             query, key, value = self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)
-        rows = max(1, _MAX_SCORES // (height * width * width))
-        if rows >= height:
-            mixed = attention(query, key, value)
-        else:  # 1024 px images have 16384 cells: score a few rows at a time instead of all pairs at once
-            by_row = query.reshape(batch, height, width, 1, channels).swapaxes(0, 1)
-            mixed = jax.lax.map(lambda row: attention(row, key, value), by_row, batch_size=rows).swapaxes(0, 1)
+        mixed = attention(query, key, value)
         return x + self.to_out(mixed.reshape(batch, height, width, channels))
 
 

@@ -81,10 +81,13 @@ def tile_cells(decode: Decode, shape: tuple[int, ...], dtype: Any, max_bytes: in
     steps = range(smallest, max(height, width) + _TILE_STEP_CELLS, _TILE_STEP_CELLS)
     sizes = [(min(height, side), min(width, side)) for side in steps] or [(height, width)]
     fitting, failing = -1, len(sizes)
-    while failing - fitting > 1:  # what a tile needs grows with its size
+    while failing - fitting > 1:
         middle = (fitting + failing) // 2
         fits = needed(1, sizes[middle]) <= max_bytes
         fitting, failing = (middle, failing) if fits else (fitting, middle)
+        # What a tile needs grows with its size, but for the one from which on attention works in smaller blocks.
+        if failing - fitting == 1 and failing + 1 < len(sizes) and needed(1, sizes[failing + 1]) <= max_bytes:
+            fitting, failing = failing + 1, len(sizes)
     if fitting < 0:
         raise ValueError(
             f"max_bytes={max_bytes} is too little: the smallest tile, {sizes[0][0]} x {sizes[0][1]} latent cells, needs "

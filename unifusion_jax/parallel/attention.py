@@ -25,9 +25,11 @@ from unifusion_jax.parallel.sharding import activation_spec
 _CUDNN_LARGEST_HEAD, _CUDNN_HEAD_MULTIPLE = 128, 8
 # Shorter sequences fill no block of a kernel.
 _LEAST_KERNEL_TOKENS = 128
-# On CPU, where no kernel keeps the scores of all queries from being written out, sequences of two blocks and more are worked on
-# in blocks. (Shorter ones are trained on: a gradient through blocks takes a tenth longer.)
+# Where no kernel keeps the scores of all queries from being written out, they are worked on in blocks. On CPU these stay in the
+# cache, from sequences of two blocks on. (Shorter ones are trained on: a gradient through blocks takes a tenth longer.)
 _BLOCK_TOKENS = 256
+# Accelerators want large products: they get the most queries whose scores are this many for a head (16 MiB in float32).
+_BLOCK_SCORES = 2**22
 
 
 def attention(
@@ -87,9 +89,17 @@ def attention(
             query, key, value, bias=bias, mask=visible, scale=scale, implementation="xla"
         )
 
-    if aim.device.platform == "cpu" and query.shape[1] >= 2 * _BLOCK_TOKENS:
-        return _in_blocks(attend, query, mask, bias, query_offset)
+    most = _most_block_tokens(aim.device.platform, query.shape[1], key.shape[1])
+    if query.shape[1] > most:
+        return _in_blocks(attend, query, mask, bias, query_offset, most)
     return attend(query, mask, bias, query_offset)
+
+
+def _most_block_tokens(platform: str, num_queries: int, num_keys: int) -> int:
+    """Returns how many queries are worked on at a time."""
+    if platform != "cpu":
+        return max(_BLOCK_TOKENS, _BLOCK_SCORES // num_keys)
+    return _BLOCK_TOKENS if num_queries >= 2 * _BLOCK_TOKENS else num_queries
 
 
 def _in_blocks(
@@ -98,10 +108,11 @@ def _in_blocks(
     mask: Bool[Array, "B S K"] | None,
     bias: Float[Array, "#B A S K"] | None,
     offset: int | Int[Array, ""],
+    most: int,
 ) -> Float[Array, "B S A E"]:
-    """Calls `attend(query, mask, bias, offset)` for one block of queries after another: only its scores are held."""
+    """Calls `attend(query, mask, bias, offset)` for one block of `most` queries after another: only its scores are held."""
     tokens = query.shape[1]
-    blocks = -(-tokens // _BLOCK_TOKENS)
+    blocks = -(-tokens // most)
     size = -(-tokens // blocks)
 
     def cut(x: jax.Array | None, axis: int) -> jax.Array | None:
