@@ -151,6 +151,18 @@ def test_a_lost_process_stops_the_other_which_names_it(tmp_path):
     assert time.monotonic() - since < 60
 
 
+def test_without_process_0_the_other_stops_too_and_has_named_it(tmp_path):
+    workdir = tmp_path / "run"
+    processes = start(2, workdir, *SLOW, ROW_S="0.02")
+    wait_for_steps(processes, workdir)
+    since = time.monotonic()
+    processes[0].kill()
+    statuses, said = finish(processes, workdir)
+    assert statuses in ([-signal.SIGKILL, -signal.SIGABRT], [-signal.SIGKILL, hosts.EXIT_LOST_HOST]), said
+    assert f"process 0 ({socket.gethostname()}, pid {processes[0].pid}) is lost" in said[1]
+    assert time.monotonic() - since < 60
+
+
 class Board:
     """The numbers that processes leave for each other."""
 

@@ -119,8 +119,8 @@ class HostWatch:
 
     A step that waits for a lost host waits for ever, or fails with words about sockets. So every process counts up a number
     that all can read, from a thread, and when one's number stands still for `timeout_s` the others say so and exit with
-    EXIT_LOST_HOST. A process that fails by itself leaves its error there, and the others stop at once. Does nothing in a run
-    of one process.
+    EXIT_LOST_HOST. A process that fails by itself leaves its error there, and the others stop at once. Process 0 keeps the
+    numbers: when it is gone, JAX itself aborts the others at once (status 134). Does nothing in a run of one process.
     """
 
     def __init__(self, timeout_s: float, *, end: Callable[[str, int], None] | None = None):
@@ -140,6 +140,11 @@ class HostWatch:
                 name = self._client.blocking_key_value_get(f"{_NAMES}/{process}", int(self._timeout_s * 1000))
                 self._names[process] = f"process {process} ({name})"
             log.info("%d processes: %s.", len(self._names), "; ".join(self._names.values()))
+            if self._me:  # JAX ends this process the moment that process 0 is gone; no code of ours runs any more
+                log.info(
+                    "Should JAX abort this process for its distributed service's fatal errors, %s is lost.",
+                    self._names[0],
+                )
             self._thread.start()
         return self
 
