@@ -1,4 +1,4 @@
-"""What LAP costs: its share of a training step, and its attention over the layer axis both ways. Prints JSON lines.
+"""What LAP costs: its share of a training step, and its attention over the layer axis every way. Prints JSON lines.
 
 python benchmarks/lap.py              (FLOPs of the final config, and bytes of its compiled blocks; nothing is run)
 python benchmarks/lap.py --run        (also times the attention both ways, forward and with its gradient)
@@ -29,7 +29,12 @@ from unifusion_jax.parallel.target import FEW_TOKENS, compiling_for
 from unifusion_jax.training.config import TrainConfig
 from unifusion_jax.training.flops import condition_flops, dit_flops, lap_flops, refiner_flops
 
-WAYS = {"matrix products": 0, "elementwise": FEW_TOKENS}
+# How the layers of a token attend: settings of `compiling_for`. The kernel is for TPU.
+WAYS = {
+    "matrix products": {"few_tokens": 0},
+    "elementwise": {"kernel": "xla", "few_tokens": FEW_TOKENS},
+    "kernel": {"kernel": "splash", "few_tokens": FEW_TOKENS},
+}
 
 
 def flop_shares(config: TrainConfig, model: ModelConfig, latent_tokens: int) -> list[dict[str, float | str]]:
@@ -67,12 +72,13 @@ def block_bytes(width: int, heads: int, ffn_size: int, rows: int, tokens: int, m
 
 
 def byte_shares(model: ModelConfig, condition_tokens: int, latent_tokens: int, mesh: Mesh) -> dict[str, float]:
-    """Returns bytes in GB of a block of LAP, both ways, of the refiner and of the DiT, for one sample on one device."""
+    """Returns bytes in GB of a block of LAP, every way, of the refiner and of the DiT, for one sample on one device."""
     lap = model.conditioning.lap(model.num_layers, model.encoder_size)
     refiner, dit = model.conditioning.refiner(model.encoder_size, model.dit.hidden_size), model.dit
     found = {}
-    for way, limit in WAYS.items():
-        with compiling_for(mesh, few_tokens=limit):
+    ways = WAYS if mesh.devices.flat[0].platform == "tpu" else {way: WAYS[way] for way in list(WAYS)[:2]}
+    for way, settings in ways.items():
+        with compiling_for(mesh, **settings):
             sizes = (lap.encoder_size, lap.num_heads, lap.ffn_size, condition_tokens, lap.num_layers)
             found[f"lap_block_gb, {way}"] = block_bytes(*sizes, mesh) / 1e9
     sizes = (refiner.hidden_size, refiner.num_heads, refiner.ffn_size, 1, condition_tokens)
@@ -81,7 +87,7 @@ def byte_shares(model: ModelConfig, condition_tokens: int, latent_tokens: int, m
         sizes = (dit.hidden_size, dit.num_heads, dit.ffn_size, 1, condition_tokens + latent_tokens)
         found["dit_block_gb"] = block_bytes(*sizes, mesh) / 1e9
     whole = dit.num_layers * found["dit_block_gb"] + refiner.num_blocks * found["refiner_block_gb"]
-    for way in WAYS:
+    for way in ways:
         part = lap.num_blocks * found[f"lap_block_gb, {way}"]
         found[f"lap_share, {way}"] = part / (part + whole)
     return found
@@ -92,8 +98,8 @@ def times(tokens: int, layers: int, heads: int, head_dim: int, repeats: int) -> 
     keys = jax.random.split(jax.random.key(0), 3)
     inputs = [jax.random.normal(key, (tokens, layers, heads, head_dim), jnp.float32) for key in keys]
     found, results = {}, []
-    for way, limit in WAYS.items():
-        with compiling_for(few_tokens=limit):
+    for way, settings in list(WAYS.items())[:2]:
+        with compiling_for(**settings):
             forward = jax.jit(lambda *parts: kernels.attention(*parts))
             both = jax.jit(jax.grad(lambda *parts: jnp.sum(jnp.square(kernels.attention(*parts))), argnums=(0, 1, 2)))
             results.append((forward(*inputs), *both(*inputs)))

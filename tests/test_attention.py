@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from unifusion_jax.parallel import attention as attention_module
-from unifusion_jax.parallel import splash
+from unifusion_jax.parallel import row_attention, splash
 from unifusion_jax.parallel.attention import attention, flash_attention
 from unifusion_jax.parallel.mesh import MeshConfig, make_mesh
 from unifusion_jax.parallel.target import FEW_TOKENS, Target, compiling_for, current
@@ -153,6 +153,38 @@ def test_the_platform_that_is_compiled_for_decides(platform, kind, kernel, few, 
     assert Target(mesh).chosen_kernel == kernel and Target(mesh).few_tokens_limit == few
     assert Target().chosen_kernel == "xla"  # eight devices, and nothing said about them
     assert Target(mesh, "xla", 3).chosen_kernel == "xla" and Target(mesh, "xla", 3).few_tokens_limit == 3
+
+
+@pytest.mark.parametrize("mesh", [None, MeshConfig(data=2, fsdp=2, tensor=2)], ids=["one device", "mesh"])
+def test_rows_of_few_tokens_in_one_kernel(mesh):
+    rows, heads = (37, 3) if mesh is None else (8, 2)  # 37: three blocks, the last one not full
+    random = jax.random.split(jax.random.key(0), 6)
+    parts = [jax.random.normal(key, (rows, 10, heads, 128)) for key in random[:3]]
+    scales = [1 + 0.1 * jax.random.normal(key, (128,)) for key in random[3:5]]
+    wanted = jax.random.normal(random[5], parts[0].shape)
+
+    def plain(query, key, value, *scales):
+        query, key = (
+            scale * part / jnp.sqrt(jnp.mean(part**2, -1, keepdims=True) + 1e-6)
+            for part, scale in zip((query, key), scales, strict=True)
+        )
+        weights = jax.nn.softmax(jnp.einsum("rnae,rmae->ranm", query, key) / 128**0.5)
+        return jnp.einsum("ranm,rmae->rnae", weights, value)
+
+    def both(function):
+        out, back = jax.vjp(function, *parts, *scales)
+        return out, back(wanted)
+
+    kernel = functools.partial(row_attention.attend, eps=1e-6)
+    with compiling_for(mesh and make_mesh(mesh), kernel="splash", few_tokens=10):
+        assert row_attention.serves(10, 128)
+        assert not row_attention.serves(11, 128) and not row_attention.serves(10, 64)
+        found = jax.jit(both, static_argnums=0)(kernel)
+        half = kernel(*(part.astype(jnp.bfloat16) for part in (*parts, *scales)))
+    expected = both(plain)
+    assert_close(found, expected)
+    assert half.dtype == jnp.bfloat16
+    np.testing.assert_allclose(half.astype(jnp.float32), expected[0], atol=0.05)
 
 
 def test_the_target_is_set_for_what_is_inside():

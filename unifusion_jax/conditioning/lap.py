@@ -99,10 +99,13 @@ class LAP(nnx.Module):
         # No token sees another here. With `remat`, the backward pass computes whole chunks again, not their blocks besides.
         pooled = functools.partial(self._pooled, remat=None)
         pooled = remat(pooled) if remat else pooled
-        chunks = jax.lax.map(
-            lambda token: pooled(token[:, None])[:, 0], jnp.moveaxis(states, 1, 0), batch_size=self.config.chunk_tokens
-        )
-        return jnp.moveaxis(chunks, 0, 1)
+        size = self.config.chunk_tokens
+        starts = size * jnp.arange(tokens // size)
+        chunks = jax.lax.map(lambda start: pooled(jax.lax.dynamic_slice_in_dim(states, start, size, axis=1)), starts)
+        parts = [jnp.moveaxis(chunks, 0, 1).reshape(states.shape[0], -1, width)]
+        if tokens % size:
+            parts.append(pooled(states[:, -(tokens % size) :]))
+        return jnp.concatenate(parts, axis=1)
 
     def _pooled(self, states: Float[Array, "B S N H"], remat: Remat | None) -> Float[Array, "B S H"]:
         batch, tokens, layers, width = states.shape

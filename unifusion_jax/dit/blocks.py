@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Float
 
 from unifusion_jax.dit.rope import apply_rope
 from unifusion_jax.layers import RMSNorm, SwiGLU, linear
+from unifusion_jax.parallel import row_attention
 from unifusion_jax.parallel.attention import attention
 
 RopeTable = tuple[Float[Array, "T F"], Float[Array, "T F"]]
@@ -33,14 +34,17 @@ class SelfAttention(nnx.Module):
         self, x: Float[Array, "B T D"], rope: RopeTable | None
     ) -> tuple[Float[Array, "B T A E"], Float[Array, "B T A E"], Float[Array, "B T A E"]]:
         """Returns normalised, rotated queries and keys, and values."""
-        query, key, value = (
-            layer(x).reshape(*x.shape[:2], self.num_heads, self.head_dim)
-            for layer in (self.query, self.key, self.value)
-        )
+        query, key, value = self._heads(x)
         query, key = self.query_norm(query), self.key_norm(key)
         if rope is not None:
             query, key = apply_rope(query, rope), apply_rope(key, rope)
         return query, key, value
+
+    def _heads(
+        self, x: Float[Array, "B T D"]
+    ) -> tuple[Float[Array, "B T A E"], Float[Array, "B T A E"], Float[Array, "B T A E"]]:
+        sizes = (*x.shape[:2], self.num_heads, self.head_dim)
+        return self.query(x).reshape(sizes), self.key(x).reshape(sizes), self.value(x).reshape(sizes)
 
     def __call__(
         self,
@@ -50,6 +54,10 @@ class SelfAttention(nnx.Module):
         fused: KeyValues | None = None,
     ) -> Float[Array, "B T D"]:
         """Returns the attended tokens; `mask` marks the keys that exist, those of `fused` (normalised, rotated) first."""
+        if mask is None and rope is None and fused is None and row_attention.serves(x.shape[1], self.head_dim):
+            query, key, value = self._heads(x)
+            scales = (self.query_norm.scale[...], self.key_norm.scale[...])
+            return self.out(row_attention.attend(query, key, value, *scales, eps=self.query_norm.eps).reshape(x.shape))
         query, key, value = self.project(x, rope)
         if fused is not None:
             key, value = (
