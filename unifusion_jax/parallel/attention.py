@@ -10,6 +10,7 @@ gathered along that axis, and their gradients are summed over it.
 Letters: B batch, S queries, K keys, A query heads, G key-value heads, E head dimension.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Literal
 
@@ -162,11 +163,7 @@ def _on_shards(
 ) -> Float[Array, "B S A E"]:
     """Flash attention on a mesh's devices, each with its part of the work."""
 
-    def run(query: jax.Array, key: jax.Array, value: jax.Array, kv_mask: jax.Array | None = None) -> jax.Array:
-        return flash_attention(
-            query, key, value, kv_mask=kv_mask, causal=causal, window_tokens=window_tokens, scale=scale
-        )
-
+    run = functools.partial(flash_attention, causal=causal, window_tokens=window_tokens, scale=scale)
     if mesh is None or mesh.size == 1:
         return run(query, key, value, kv_mask)
     batch, tokens, heads, _ = _spec(query, mesh)
@@ -188,8 +185,8 @@ def flash_attention(
     query: Float[Array, "B S A E"],
     key: Float[Array, "B K G E"],
     value: Float[Array, "B K G E"],
+    kv_mask: Bool[Array, "B K"] | None = None,
     *,
-    kv_mask: Bool[Array, "B K"] | None,
     causal: bool,
     window_tokens: int | None,
     scale: float,

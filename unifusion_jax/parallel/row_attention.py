@@ -104,12 +104,11 @@ def _call(
     block = pl.BlockSpec((tokens, _BLOCK_ROWS, group * head_dim), lambda i, j: (0, i, j))
     whole = pl.BlockSpec((1, head_dim), lambda i, j: (0, 0))
     flat = jax.ShapeDtypeStruct((tokens, rows, heads * head_dim), of_rows[0].dtype)
-    out_shape, out_specs = [flat], [block]
-    if gradients:
-        sums = jax.ShapeDtypeStruct((*grid, 1, head_dim), jnp.float32)
-        of_block = pl.BlockSpec((1, 1, 1, head_dim), lambda i, j: (i, j, 0, 0))
-        out_shape, out_specs = [flat] * 3 + [sums] * 2, [block] * 3 + [of_block] * 2
-    products = 5 + 2 if gradients else 2
+    num_out, products = (3, 6) if gradients else (1, 2)  # backward: scores, attended, and four gradients
+    out_shape, out_specs = [flat] * num_out, [block] * num_out
+    if gradients:  # of the scales: a sum for each block
+        out_shape += [jax.ShapeDtypeStruct((*grid, 1, head_dim), jnp.float32)] * 2
+        out_specs += [pl.BlockSpec((1, 1, 1, head_dim), lambda i, j: (i, j, 0, 0))] * 2
     results = pl.pallas_call(
         functools.partial(kernel, head_dim=head_dim, num_rows=rows, eps=eps),
         grid=grid,
@@ -120,15 +119,15 @@ def _call(
         cost_estimate=pl.CostEstimate(
             flops=2 * products * flat.size * tokens * _BLOCK_ROWS,
             transcendentals=rows * tokens * heads * tokens * _BLOCK_ROWS,
-            bytes_accessed=(len(of_rows) + (3 if gradients else 1)) * flat.size * flat.dtype.itemsize,
+            bytes_accessed=(len(of_rows) + num_out) * flat.size * flat.dtype.itemsize,
         ),
         interpret=interpret,
     )(
         *(part.reshape(rows, tokens, heads * head_dim).swapaxes(0, 1) for part in of_rows),
         *(scale[None] for scale in scales),
     )
-    back = [part.swapaxes(0, 1).reshape(rows, tokens, heads, head_dim) for part in results[: 3 if gradients else 1]]
-    return back + list(results[len(back) :])
+    back = [part.swapaxes(0, 1).reshape(rows, tokens, heads, head_dim) for part in results[:num_out]]
+    return back + list(results[num_out:])
 
 
 def _forward_kernel(query: Any, key: Any, value: Any, query_scale: Any, key_scale: Any, out: Any, **sizes: Any) -> None:
