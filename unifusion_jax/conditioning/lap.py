@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -96,15 +97,20 @@ class LAP(nnx.Module):
             )
         if not 0 < self.config.chunk_tokens < tokens:
             return self._pooled(states, remat)
-        # No token sees another here. With `remat`, the backward pass computes whole chunks again, not their blocks besides.
-        pooled = functools.partial(self._pooled, remat=None)
-        pooled = remat(pooled) if remat else pooled
         size = self.config.chunk_tokens
-        starts = size * jnp.arange(tokens // size)
-        chunks = jax.lax.map(lambda start: pooled(jax.lax.dynamic_slice_in_dim(states, start, size, axis=1)), starts)
+
+        # No token sees another here. With `remat`, the backward pass computes whole chunks again, not their blocks besides; they
+        # are cut out inside, so that the states are not kept a second time.
+        def chunk_of(length: int) -> Callable[[int | jax.Array], jax.Array]:
+            def chunk(states: jax.Array, start: int | jax.Array) -> jax.Array:
+                return self._pooled(jax.lax.dynamic_slice_in_dim(states, start, length, axis=1), None)
+
+            return functools.partial(remat(chunk) if remat else chunk, states)
+
+        chunks = jax.lax.map(chunk_of(size), size * jnp.arange(tokens // size))
         parts = [jnp.moveaxis(chunks, 0, 1).reshape(states.shape[0], -1, width)]
         if tokens % size:
-            parts.append(pooled(states[:, -(tokens % size) :]))
+            parts.append(chunk_of(tokens % size)(tokens - tokens % size))
         return jnp.concatenate(parts, axis=1)
 
     def _pooled(self, states: Float[Array, "B S N H"], remat: Remat | None) -> Float[Array, "B S H"]:
