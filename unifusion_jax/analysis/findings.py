@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from unifusion_jax.analysis.figure import Figure, bars
+from unifusion_jax.analysis.figure import Figure
 
 Scores = Mapping[str, Sequence[Mapping[str, float]]]
 
@@ -163,10 +163,16 @@ def write(scores: Scores, output: Path, *, steps: int, command: str) -> Path:
     losses = [row for row in rows if row["score"] == "held_out_loss"]
 
     def draw(axes: Any) -> None:
-        names, values, errors = ([row[key] for row in losses] for key in ("arm", "mean", "standard_error"))
-        bars(axes, names, values, errors, y="held-out loss", title=f"{steps} steps, {len(scores['lap'])} seeds")
-        axes.tick_params(axis="x", rotation=60)
-        axes.set_ylim(bottom=0.95 * min(values))
+        arms, means, errors = ([row[key] for row in losses] for key in ("arm", "mean", "standard_error"))
+        for seed in range(len(scores["lap"])):
+            axes.plot([scores[arm][seed]["held_out_loss"] for arm in arms], ".", color="silver")
+        axes.errorbar(
+            range(len(arms)), means, errors, fmt="o", capsize=4
+        )  # no bars: these differences start far from 0
+        axes.set_xticks(range(len(arms)), arms, rotation=60, ha="right")
+        axes.grid(axis="y", alpha=0.3)
+        title = f"{steps} steps, {len(scores['lap'])} seeds (grey), mean and standard error"
+        axes.set(ylabel="held-out loss", title=title)
 
     Figure(rows, draw, size_inches=(8.0, 5.0)).write(output, "findings")
     report = output / "findings.md"
@@ -191,8 +197,11 @@ def _text(
         "The loss is that of held-out records, at the same times and noises for every run. Facts are those that a prompt",
         "states and the detector finds in the picture. Differences pair runs of one seed; the interval is that of 95 %",
         'confidence (Student\'s t), and a direction is "not resolved" when it holds zero. The T5-style arm reads the last',
-        "layer of the demo's own encoder, as there is no small T5. A perceptual distance is missing from the",
-        "reconstructions: its weights are no part of this package.",
+        "layer of the demo's own encoder, as there is no small T5. The arm of edits goes on from that of pictures for half as",
+        "many steps, and part of what it is ahead is these steps. A perceptual distance is missing from the reconstructions:",
+        "its weights are no part of this package.",
+        "",
+        f"Of {len(found)} comparisons one in twenty would seem resolved by chance alone.",
         "",
         "| comparison | paper | measure | first | second | first better by | direction |",
         "|---|---|---|---|---|---|---|",
