@@ -177,8 +177,9 @@ def test_rows_of_few_tokens_in_one_kernel(mesh):
 
     kernel = functools.partial(row_attention.attend, eps=1e-6)
     with compiling_for(mesh and make_mesh(mesh), kernel="splash", few_tokens=10):
-        assert row_attention.serves(10, 128)
-        assert not row_attention.serves(11, 128) and not row_attention.serves(10, 64)
+        aim = current()
+        assert aim.has_row_kernel(10, 128)
+        assert not aim.has_row_kernel(11, 128) and not aim.has_row_kernel(10, 64)
         found = jax.jit(both, static_argnums=0)(kernel)
         half = kernel(*(part.astype(jnp.bfloat16) for part in (*parts, *scales)))
     expected = both(plain)

@@ -139,28 +139,27 @@ def test_sigterm_to_one_process_makes_all_save_and_exit_alike(alone, tmp_path):
     assert_close(training_lines(workdir)[:2], alone[:2])
 
 
-def test_a_lost_process_stops_the_other_which_names_it(tmp_path):
-    workdir = tmp_path / "run"
+def lose(number, workdir):
+    """Kills one of two processes; returns its name, and what both ended with and said within a minute."""
     processes = start(2, workdir, *SLOW, ROW_S="0.02")
     wait_for_steps(processes, workdir)
     since = time.monotonic()
-    processes[1].kill()
+    processes[number].kill()
     statuses, said = finish(processes, workdir)
-    assert statuses == [hosts.EXIT_LOST_HOST, -signal.SIGKILL], said
-    assert f"Lost process 1 ({socket.gethostname()}, pid {processes[1].pid}): not heard of for" in said[0]
     assert time.monotonic() - since < 60
+    return f"process {number} ({socket.gethostname()}, pid {processes[number].pid})", statuses, said
+
+
+def test_a_lost_process_stops_the_other_which_names_it(tmp_path):
+    lost, statuses, said = lose(1, tmp_path / "run")
+    assert statuses == [hosts.EXIT_LOST_HOST, -signal.SIGKILL], said
+    assert f"Lost {lost}: not heard of for" in said[0]
 
 
 def test_without_process_0_the_other_stops_too_and_has_named_it(tmp_path):
-    workdir = tmp_path / "run"
-    processes = start(2, workdir, *SLOW, ROW_S="0.02")
-    wait_for_steps(processes, workdir)
-    since = time.monotonic()
-    processes[0].kill()
-    statuses, said = finish(processes, workdir)
+    lost, statuses, said = lose(0, tmp_path / "run")
     assert statuses in ([-signal.SIGKILL, -signal.SIGABRT], [-signal.SIGKILL, hosts.EXIT_LOST_HOST]), said
-    assert f"process 0 ({socket.gethostname()}, pid {processes[0].pid}) is lost" in said[1]
-    assert time.monotonic() - since < 60
+    assert f"{lost} is lost" in said[1]
 
 
 class Board:

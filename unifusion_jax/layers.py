@@ -233,11 +233,16 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch features"]) -> Float[Array, "*batch features"]:
         """Returns the normalised input, in its own dtype."""
-        wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        wide = rms_normalised(x, self.eps)
         if self.offset:
             return (wide * (self.scale[...].astype(jnp.float32) + self.offset)).astype(x.dtype)
         return wide.astype(x.dtype) * self.scale[...].astype(x.dtype)
+
+
+def rms_normalised(x: Float[Array, "*batch features"], eps: float) -> Float[Array, "*batch features"]:
+    """Returns x over the root of its mean square along the last axis, in float32."""
+    wide = x.astype(jnp.float32)
+    return wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
 
 
 def layer_norm(

@@ -4,7 +4,6 @@ import abc
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
@@ -14,7 +13,7 @@ from unifusion_jax.conditioning.lap import LAP
 from unifusion_jax.conditioning.refiner import Refiner
 from unifusion_jax.dit.condition import Condition
 from unifusion_jax.dit.transformer import DiTConfig
-from unifusion_jax.layers import Remat, RMSNorm, linear
+from unifusion_jax.layers import Remat, RMSNorm, linear, rms_normalised
 
 
 class Conditioner(nnx.Module):
@@ -55,8 +54,7 @@ class Conditioner(nnx.Module):
 
     def normalised(self, states: Float[Array, "B C N H"]) -> Float[Array, "B C N H"]:
         """Returns the states as a refiner before this strategy sees them, no layer's scale dominating."""
-        wide = states.astype(jnp.float32)
-        return (wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + 1e-6)).astype(states.dtype)
+        return rms_normalised(states, eps=1e-6).astype(states.dtype)
 
     @abc.abstractmethod
     def made(self, states: Float[Array, "B C N H"], mask: Bool[Array, "B C"], *, remat: Remat | None) -> Condition:

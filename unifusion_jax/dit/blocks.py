@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float
 
 from unifusion_jax.dit.rope import apply_rope
 from unifusion_jax.layers import RMSNorm, SwiGLU, linear
-from unifusion_jax.parallel import row_attention
+from unifusion_jax.parallel import target
 from unifusion_jax.parallel.attention import attention
 
 RopeTable = tuple[Float[Array, "T F"], Float[Array, "T F"]]
@@ -54,7 +54,10 @@ class SelfAttention(nnx.Module):
         fused: KeyValues | None = None,
     ) -> Float[Array, "B T D"]:
         """Returns the attended tokens; `mask` marks the keys that exist, those of `fused` (normalised, rotated) first."""
-        if mask is None and rope is None and fused is None and row_attention.serves(x.shape[1], self.head_dim):
+        alone = mask is None and rope is None and fused is None
+        if alone and target.current().has_row_kernel(x.shape[1], self.head_dim):
+            from unifusion_jax.parallel import row_attention  # Pallas takes a second to import
+
             query, key, value = self._heads(x)
             scales = (self.query_norm.scale[...], self.key_norm.scale[...])
             return self.out(row_attention.attend(query, key, value, *scales, eps=self.query_norm.eps).reshape(x.shape))

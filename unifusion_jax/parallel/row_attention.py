@@ -21,20 +21,14 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
+from unifusion_jax.layers import rms_normalised
 from unifusion_jax.parallel import target
 from unifusion_jax.parallel.sharding import activation_spec
 
-_LANES = 128
 _BLOCK_ROWS = 16  # rows of a tile in 16-bit types
 _BLOCK_LANES = 512  # with 7 arrays in and out, twice, well within the smallest vector memory
 
 _Parts = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
-
-
-def serves(num_tokens: int, head_dim: int) -> bool:
-    """Whether rows of so many tokens go to the kernel in what is being compiled (see `unifusion_jax.parallel.target`)."""
-    aim = target.current()
-    return aim.chosen_kernel == "splash" and num_tokens <= aim.few_tokens_limit and head_dim % _LANES == 0
 
 
 def attend(
@@ -189,9 +183,7 @@ def _head(
     dot = functools.partial(jax.lax.dot_general, precision=precision, preferred_element_type=jnp.float32)
 
     def norm(x: jax.Array, scale: jax.Array) -> jax.Array:  # as unifusion_jax.layers.RMSNorm
-        wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-        return wide.astype(x.dtype) * scale.astype(x.dtype)
+        return rms_normalised(x, eps).astype(x.dtype) * scale.astype(x.dtype)
 
     scores = dot(norm(query, query_scale), norm(key, key_scale), (((1,), (1,)), ((), ()))) * query.shape[-1] ** -0.5
     scores = jnp.where(mask, scores, -1e30)

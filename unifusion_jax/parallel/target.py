@@ -18,6 +18,8 @@ KernelName = Literal["auto", "splash", "cudnn", "xla"]
 
 # Up to this many tokens a row, of which there are then many, accelerators attend without matrix products.
 FEW_TOKENS = 32
+# The kernel of such rows reads heads of whole vector registers.
+_LANES = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +64,10 @@ class Target:
         if self.few_tokens is not None:
             return self.few_tokens
         return 0 if self.device.platform == "cpu" else FEW_TOKENS
+
+    def has_row_kernel(self, num_tokens: int, head_dim: int) -> bool:
+        """Whether rows of so many tokens go to the kernel of `unifusion_jax.parallel.row_attention`, which is for TPU."""
+        return self.chosen_kernel == "splash" and num_tokens <= self.few_tokens_limit and head_dim % _LANES == 0
 
 
 _CURRENT: contextvars.ContextVar[Target] = contextvars.ContextVar("unifusion_jax_target")
