@@ -163,9 +163,10 @@ def test_without_process_0_the_other_stops_too_and_has_named_it(tmp_path):
 
 
 class Board:
-    """The numbers that processes leave for each other."""
+    """The numbers that processes leave for each other; a living process 1 counts on."""
 
-    def __init__(self):
+    def __init__(self, living=False):
+        self.living = living
         self.values = {"unifusion_jax/names/1": "b, pid 2", "unifusion_jax/beats/1": "1"}
 
     def key_value_set(self, key, value, allow_overwrite=False):
@@ -175,6 +176,8 @@ class Board:
         return self.values[key]
 
     def key_value_dir_get(self, folder):
+        if self.living:
+            self.values["unifusion_jax/beats/1"] += "1"
         return [(key, value) for key, value in self.values.items() if key.startswith(folder)]
 
 
@@ -200,14 +203,18 @@ def test_what_is_said_of_a_process_that_is_silent_failed_or_done(monkeypatch, be
     assert re.match(message, said[0]) if message else not said
 
 
-def test_a_process_that_fails_tells_the_others_why_and_exits_with_1(monkeypatch):
-    board, said = Board(), []
+@pytest.mark.parametrize(
+    ("living", "message", "status"),
+    [(True, "OSError: no space left", 1), (False, "Lost process 1 (b, pid 2): not heard of", hosts.EXIT_LOST_HOST)],
+)
+def test_a_process_that_fails_blames_itself_only_where_the_others_are_there(monkeypatch, living, message, status):
+    board, said = Board(living), []
     monkeypatch.setattr(hosts.jax, "process_count", lambda: 2)
     monkeypatch.setattr(hosts.multihost, "get_jax_distributed_client", lambda: board)
     with pytest.raises(OSError), hosts.HostWatch(0.5, end=lambda *what: said.append(what)):
         raise OSError("no space left")
+    assert said[0][0].startswith(message) and said[0][1] == status
     assert board.values["unifusion_jax/beats/0"] == "failed: OSError: no space left"
-    assert said == [("OSError: no space left", 1)]
 
 
 @pytest.mark.parametrize(

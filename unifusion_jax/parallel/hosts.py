@@ -119,7 +119,7 @@ class HostWatch:
 
     A step that waits for a lost host waits for ever, or fails with words about sockets. So every process counts up a number
     that all can read, from a thread, and when one's number stands still for `timeout_s` the others say so and exit with
-    EXIT_LOST_HOST. A process that fails by itself leaves its error there, and the others stop at once. Process 0 keeps the
+    EXIT_LOST_HOST. A process that fails hears the others first; where all are there it leaves its error, and they stop too. Process 0 keeps the
     numbers: when it is gone, JAX itself aborts the others at once (status 134). Does nothing in a run of one process.
     """
 
@@ -152,14 +152,8 @@ class HostWatch:
         if self._client is None:
             return
         failed = error is not None and not isinstance(error, SystemExit)
-        if isinstance(error, jax.errors.JaxRuntimeError):
-            # Most likely another process is gone and its connections broke: the thread finds out which, and ends this one.
-            log.error(
-                "%s. Waiting up to %d s to see whether a process is lost. If JAX ends this process before that, it is %s, "
-                "which the others ask.",
-                *(error, 2 * self._timeout_s, self._names[0]),
-            )
-            self._stopped.wait(2 * self._timeout_s)
+        if failed:
+            self._hear_others(error)
         self._stopped.set()
         self._thread.join()
         self._tell(f"{_FAILED}{type(error).__name__}: {error}" if failed else _DONE)
@@ -170,6 +164,25 @@ class HostWatch:
             expected = isinstance(error, ValueError | TypeError | OSError)
             log.log(logging.DEBUG if expected else logging.ERROR, "Failed.", exc_info=error)
             self._end(f"{type(error).__name__}: {error}", 1)
+
+    def _hear_others(self, error: BaseException | None) -> None:
+        """Waits for a sign of life from every other process: what failed here may follow from the loss of one.
+
+        Errors of a broken connection come in many types (from JAX, Orbax, TensorStore), so none is trusted. A process that
+        stays silent is lost; then the thread says so and ends this process.
+        """
+        log.warning(
+            "%s: %s. Waiting up to %d s to hear whether every other process is there. If JAX ends this process before that, "
+            "it is %s that is lost.",
+            *(type(error).__name__, error, 2 * self._timeout_s, self._names[0]),
+        )
+        before = self._beats()
+        silent = {process for process in self._names if process != self._me and before.get(process, "") != _DONE}
+        deadline = time.monotonic() + 2 * self._timeout_s
+        while silent and time.monotonic() < deadline:
+            time.sleep(self._every_s / 4)
+            now = before | self._beats()
+            silent = {process for process in silent if now.get(process) == before.get(process)}
 
     def _tell(self, beat: str) -> None:
         assert self._client is not None
@@ -194,10 +207,12 @@ class HostWatch:
             beats |= found
             self._judge(beats, {process: now - since for process, since in heard.items()})
 
-    def _beats(self, mine: str) -> dict[int, str]:
+    def _beats(self, mine: str | None = None) -> dict[int, str]:
+        """Leaves this process's number, where one is given, and returns what all have left; nothing without process 0."""
         assert self._client is not None
         try:
-            self._tell(mine)
+            if mine is not None:
+                self._tell(mine)
             return {int(key.rpartition("/")[2]): beat for key, beat in self._client.key_value_dir_get(_BEATS)}
         except jax.errors.JaxRuntimeError as error:
             # Process 0 keeps the numbers: without it, it is the one that is not heard.
