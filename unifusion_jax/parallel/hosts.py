@@ -119,8 +119,9 @@ class HostWatch:
 
     A step that waits for a lost host waits for ever, or fails with words about sockets. So every process counts up a number
     that all can read, from a thread, and when one's number stands still for `timeout_s` the others say so and exit with
-    EXIT_LOST_HOST. A process that fails hears the others first; where all are there it leaves its error, and they stop too. Process 0 keeps the
-    numbers: when it is gone, JAX itself aborts the others at once (status 134). Does nothing in a run of one process.
+    EXIT_LOST_HOST. A process that fails hears the others first; where all are there it leaves its error, and they stop too.
+    Process 0 keeps the numbers: when it is gone, JAX itself aborts the others at once (status 134). Does nothing in a run of
+    one process.
     """
 
     def __init__(self, timeout_s: float, *, end: Callable[[str, int], None] | None = None):
