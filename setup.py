@@ -23,7 +23,7 @@ setup(
         "jax>=0.10.2,<0.12",
         "flax>=0.12.4,<0.14",
         "optax>=0.2.6",
-        "orbax-checkpoint>=0.11.30",
+        "orbax-checkpoint>=0.12.3",
         "grain>=0.2.15",
         "array-record>=0.8.1",
         "transformers>=5.0",

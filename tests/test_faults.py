@@ -15,7 +15,8 @@ from test_training import assert_same, logged
 
 from unifusion_jax.config import from_mapping
 from unifusion_jax.parallel.mesh import make_mesh
-from unifusion_jax.training.checkpoints import Checkpoints, SaveError, checkpoint_steps
+from unifusion_jax.training import checkpoints as checkpoints_module
+from unifusion_jax.training.checkpoints import Checkpoints, SaveError, checkpoint_steps, on_mounted_bucket
 from unifusion_jax.training.config import TrainConfig
 from unifusion_jax.training.health import NonFiniteError
 from unifusion_jax.training.loop import fit
@@ -160,6 +161,48 @@ def test_a_process_killed_while_it_saves_leaves_the_last_checkpoint(tmp_path):
     checkpoints.save(2, small_state(3.0), {"next_step": 2})
     checkpoints.close()
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("mounts", "bucket"),
+    [
+        ("root / ext4 rw\nb {} fuse.gcsfuse rw\n", True),
+        ("b {} fuse.gcsfuse rw\nc {} nfs4 rw\n", False),
+        ("b /elsewhere fuse rw\nroot / ext4 rw\n", False),
+    ],
+)
+def test_a_mounted_bucket_is_found_in_the_table_of_mounts(monkeypatch, tmp_path, mounts, bucket):
+    (tmp_path / "mounts").write_text(mounts.replace("{}", str(tmp_path / "gcs")))
+    monkeypatch.setattr(checkpoints_module, "_MOUNTS", tmp_path / "mounts")
+    assert on_mounted_bucket(tmp_path / "gcs" / "run") == bucket
+    assert not on_mounted_bucket(tmp_path / "gcs2")
+
+
+def test_on_a_mounted_bucket_no_folder_is_renamed_and_what_is_half_saved_does_not_count(monkeypatch, tmp_path):
+    monkeypatch.setattr(checkpoints_module, "on_mounted_bucket", lambda folder: True)
+
+    def refused(source, target, rename=os.rename):
+        if os.path.isdir(source):
+            raise OSError("Too many open files")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", refused)
+    monkeypatch.setattr(os, "replace", refused)
+    checkpoints = Checkpoints(tmp_path)
+    for step in (1, 2):
+        checkpoints.save(step, small_state(step), {"next_step": step})
+    checkpoints.close()
+    assert checkpoint_steps(tmp_path) == [1, 2]
+    (tmp_path / "checkpoints" / "2" / "commit_success.txt").unlink()  # the last that a save writes
+    assert checkpoint_steps(tmp_path) == [1]
+    checkpoints = Checkpoints(tmp_path)
+    restored, data = checkpoints.restore(small_state(0.0))
+    assert data == {"next_step": 1} and float(restored.params["kernel"][0, 0]) == 1.0
+    checkpoints.save(2, small_state(3.0), {"next_step": 2})
+    checkpoints.close()
+    assert checkpoint_steps(tmp_path) == [1, 2]
+    with Checkpoints(tmp_path, read_only=True) as readable:
+        assert readable.latest_step() == 2
 
 
 def test_steps_are_traced_on_demand(tmp_path):

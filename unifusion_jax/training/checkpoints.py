@@ -18,6 +18,7 @@ from unifusion_jax.training.state import TrainState
 
 CONFIG_FILE = "config.json"
 _FOLDER = "checkpoints"
+_MOUNTS = Path("/proc/mounts")
 
 
 class SaveError(OSError):
@@ -38,8 +39,9 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: Path, *, every_steps: int = 1, keep: int = 3, read_only: bool = False):
+        atomicity = _atomicity(workdir)
         if read_only:
-            options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0)
+            options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, atomicity_options=atomicity)
         else:
             options = ocp.CheckpointManagerOptions(
                 save_interval_steps=every_steps,
@@ -47,6 +49,7 @@ class Checkpoints:
                 enable_async_checkpointing=True,
                 create=True,
                 cleanup_tmp_directories=True,
+                atomicity_options=atomicity,
             )
         self._manager = ocp.CheckpointManager(
             (workdir / _FOLDER).absolute(),
@@ -194,7 +197,36 @@ def from_tree(tree: dict[str, Any], abstract: TrainState) -> TrainState:
 def checkpoint_steps(workdir: Path) -> list[int]:
     """Returns the steps of the complete checkpoints of a workdir, in order. Makes no folder."""
     folder = workdir / _FOLDER
-    return sorted(ocp.utils.checkpoint_steps(folder.absolute())) if folder.is_dir() else []
+    steps = sorted(ocp.utils.checkpoint_steps(folder.absolute())) if folder.is_dir() else []
+    if on_mounted_bucket(workdir):
+        steps = [step for step in steps if (folder / str(step) / ocp.path.atomicity.COMMIT_SUCCESS_FILE).exists()]
+    return steps
+
+
+def _atomicity(workdir: Path) -> ocp.options.AtomicityOptions:
+    """Chooses what makes a checkpoint whole: the name that its folder gets last, or, on a mounted bucket, a file in it."""
+    mode = ocp.options.AtomicityMode
+    return ocp.options.AtomicityOptions(mode.COMMIT_FILE if on_mounted_bucket(workdir) else mode.ATOMIC_RENAME)
+
+
+def on_mounted_bucket(folder: Path) -> bool:
+    """Whether a folder lies on a bucket that is mounted by FUSE (gcsfuse, s3fs, rclone).
+
+    To rename a folder there is to copy and delete one object after another: it takes as long as the save, a kill leaves half
+    of it under the final name, and gcsfuse refuses it by default. Orbax knows that of gs:// only.
+    """
+    if not _MOUNTS.exists():
+        return False
+    place, kind = folder.absolute().resolve(), ""
+    deepest = -1
+    for line in _MOUNTS.read_text().splitlines():
+        point, found = line.split()[1:3]
+        point = Path(point.replace("\\040", " "))
+        if (
+            place.is_relative_to(point) and len(point.parts) >= deepest
+        ):  # of two mounts on one point the later one is seen
+            deepest, kind = len(point.parts), found
+    return kind.startswith("fuse")
 
 
 def latest_step(workdir: Path) -> int:
