@@ -51,6 +51,7 @@ def test_a_run_killed_at_any_time_and_restarted_logs_the_same_losses(trained, fr
         (["--config.optimizer.learning_rate=-1"], 1, "learning_rate and clip_norm must be positive, got -1.0"),
         (["--config.encoder.path=/no/such"], 1, "No folder '/no/such'"),
         (["--num_processes=2"], 1, "--coordinator and --process_id missing"),
+        (["--workdir=gs://bucket/run"], 1, "Mount the bucket"),
         (["surplus"], 1, "Unexpected argument 'surplus'"),
     ],
 )

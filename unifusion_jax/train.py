@@ -99,6 +99,12 @@ def main(argv: list[str]) -> None:
         sys.exit(f"Unexpected argument {argv[1]!r}. Config keys are set by --config.key=value.")
     if _WORKDIR.value is None:
         sys.exit("--workdir=DIR is missing: the folder for checkpoints, metrics and samples.")
+    if "://" in _WORKDIR.value:
+        bucket, _, rest = _WORKDIR.value.partition("://")[2].partition("/")
+        sys.exit(
+            f"--workdir is a folder that every host sees, got {_WORKDIR.value}. Mount the bucket (gcsfuse --implicit-dirs "
+            f"{bucket} /gcs/{bucket}; launch/tpu_pod_slice.sh --bucket={bucket} does) and give --workdir=/gcs/{bucket}/{rest}."
+        )
     if cpu_expected():
         keep_freed_blocks()
     try:
