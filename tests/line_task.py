@@ -1,7 +1,7 @@
 """A task whose step compiles in no time, for tests of the loop itself; as a script, `unifusion_jax.train` on it.
 
 It fits a line through the mean colours of the built-in world's pictures. Environment: ROW_S makes every record take that long,
-BAD_RECORD makes the picture of one record NaN.
+BAD_RECORD makes the picture of one record NaN; GATHERED_BYTES is what hosts gather at a time.
 """
 
 import os
@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from unifusion_jax import train
 from unifusion_jax.config import parse_flags, to_config_dict
 from unifusion_jax.data.buckets import Budget
+from unifusion_jax.parallel import hosts
 from unifusion_jax.training.config import TrainConfig
 from unifusion_jax.training.tasks.streams import open_batches, open_mixture
 
@@ -78,9 +79,11 @@ class LineTask:
         return {"scale": float(params["scale"])}
 
     def export(self, params, folder):
-        pass
+        folder.mkdir(exist_ok=True)
+        np.savez(folder / "params.npz", **params)
 
 
 if __name__ == "__main__":
     train.make_task = LineTask
+    hosts._GATHERED_BYTES = int(os.environ.get("GATHERED_BYTES", hosts._GATHERED_BYTES))
     app.run(train.main, flags_parser=parse_flags)

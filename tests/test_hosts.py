@@ -9,6 +9,7 @@ import socket
 import time
 
 import jax
+import numpy as np
 import pytest
 from commands import Process
 from line_task import LineTask
@@ -109,7 +110,8 @@ def test_two_processes_train_what_one_does(pair, alone):
 def test_what_two_processes_saved_goes_on_in_four_and_on_one_device(pair, alone, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(pair, workdir)
-    processes = start(4, workdir, "--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.total_steps=12")
+    arguments = ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.total_steps=12")
+    processes = start(4, workdir, *arguments, GATHERED_BYTES="64")  # a row of the kernel at a time
     statuses, said = finish(processes, workdir)
     assert statuses == [0] * 4, said
     assert "Resumed from step 8" in said[0] and "4 processes: process 0 (" in said[3]
@@ -122,6 +124,23 @@ def test_what_two_processes_saved_goes_on_in_four_and_on_one_device(pair, alone,
         restored.append(state)
     assert_same(*restored)
     assert int(restored[0].step) == 12
+    with np.load(workdir / "export" / "params.npz") as exported:
+        assert_same(dict(exported), restored[0].inference_params)
+
+
+@pytest.mark.parametrize(
+    ("shape", "spec"), [((5, 16), (None, "fsdp")), ((16, 3), ("fsdp",)), ((16, 8), ("data", "fsdp"))]
+)
+def test_arrays_are_gathered_in_pieces(monkeypatch, shape, spec):
+    monkeypatch.setattr(hosts, "_GATHERED_BYTES", 100)
+    pieces, gather = [], hosts.multihost_utils.process_allgather
+    monkeypatch.setattr(
+        hosts.multihost_utils, "process_allgather", lambda x, tiled: pieces.append(x.nbytes) or gather(x, tiled)
+    )
+    expected = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    split = jax.sharding.NamedSharding(make_mesh(MeshConfig(data=2, fsdp=4)), jax.sharding.PartitionSpec(*spec))
+    np.testing.assert_array_equal(hosts._gathered(jax.device_put(expected, split)), expected)
+    assert len(pieces) > 1 and max(pieces) <= 100
 
 
 SLOW = ("--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.total_steps=100000", "--lost_host_after_s=6")

@@ -55,6 +55,7 @@ def run(config: TrainConfig, workdir: Path) -> dict[str, float]:
     whole = to_host(params)
     if jax.process_index() == 0:
         task.export(whole, workdir / "export")
+    del whole  # as large as the model
     scores = task.evaluate(params)
     if scores:
         writer.write(config.total_steps, {f"evaluation/{name}": value for name, value in scores.items()})

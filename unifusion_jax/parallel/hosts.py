@@ -4,6 +4,7 @@ Every process runs the same command. On TPU pod slices, under GKE and under Slur
 `--coordinator`, `--num_processes` and `--process_id` say who is who.
 """
 
+import functools
 import glob
 import importlib.util
 import logging
@@ -24,6 +25,9 @@ log = logging.getLogger(__name__)
 # Exit statuses besides 0 (done), 1 (failed) and 2 (wrong command line). 75 is what sysexits.h calls "try again later".
 EXIT_PREEMPTED = 75
 EXIT_LOST_HOST = 76
+
+# What is gathered at a time: every device holds it whole, and the stacked weights of a large model's blocks fill a chip.
+_GATHERED_BYTES = 2**28
 
 _NAMES, _BEATS = "unifusion_jax/names", "unifusion_jax/beats"
 _DONE, _FAILED = "done", "failed: "
@@ -108,10 +112,28 @@ def to_host(tree: Any) -> Any:
 
     def fetch(leaf: Any) -> np.ndarray:
         if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
-            return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+            return _gathered(leaf)
         return np.asarray(leaf)
 
     return jax.tree.map(fetch, tree)
+
+
+def _gathered(leaf: jax.Array) -> np.ndarray:
+    """Returns an array whole, in pieces along an axis that no device has a part of, if there is one."""
+    held = leaf.sharding.shard_shape(leaf.shape)
+    axis = next((axis for axis, size in enumerate(leaf.shape) if held[axis] == size), 0)
+    rows = max(1, leaf.shape[axis] * _GATHERED_BYTES // max(1, leaf.nbytes))
+    whole = np.empty(leaf.shape, leaf.dtype)
+    for start in range(0, leaf.shape[axis], rows):
+        piece = _piece(leaf, start, min(rows, leaf.shape[axis] - start), axis)
+        place = (slice(None),) * axis + (slice(start, start + rows),)
+        whole[place] = multihost_utils.process_allgather(piece, tiled=True)
+    return whole
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _piece(leaf: jax.Array, start: int | jax.Array, size: int, axis: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(leaf, start, size, axis)
 
 
 class HostWatch:

@@ -111,15 +111,8 @@ def plan(config: TrainConfig, devices: Sequence[jax.Device], *, capacity_gib: fl
     total = needed_gib
     collectives: dict[str, int] = {}
     if compiled is not None:
-        memory = compiled.memory_analysis()
-        parts["temporary"] = (
-            memory.temp_size_in_bytes
-            + memory.generated_code_size_in_bytes
-            + max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes)
-        ) / _GIB
-        # Small arrays take more room than their numbers.
-        parts["temporary"] += max(0.0, memory.argument_size_in_bytes / _GIB - known)
-        total = known + parts["temporary"]
+        total = _needed_bytes(compiled.memory_analysis(), mesh.devices.flat[0].platform) / _GIB
+        parts["temporary"] = total - known
         collectives = collective_bytes(compiled.as_text())
     fits = None if capacity_gib is None or total is None else total <= capacity_gib
     return _report(step, parts, total, capacity_gib, False if compiled is None else fits, collectives, compile_s)
@@ -213,6 +206,16 @@ def _compile(lowered: Any) -> tuple[Any, float | None]:
         used = _USED.search(str(error))
         scale = {"K": 2**-20, "M": 2**-10, "G": 1.0}
         return None, float(used[1]) * scale[used[2]] if used else None
+
+
+def _needed_bytes(memory: Any, platform: str) -> int:
+    """Bytes of a chip that a compiled step takes: what is held, what it works with, and its code."""
+    held = memory.argument_size_in_bytes + max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes)
+    if platform == "tpu":
+        # What libtpu calls temporary is up to half more than what it allots. Its peak counts arguments and results, and falls
+        # short by what lies unused between arrays.
+        return max(held, memory.peak_memory_in_bytes) + memory.generated_code_size_in_bytes
+    return held + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
 
 
 def _parts(step: Step) -> dict[str, float]:
