@@ -111,7 +111,7 @@ def plan(config: TrainConfig, devices: Sequence[jax.Device], *, capacity_gib: fl
     total = needed_gib
     collectives: dict[str, int] = {}
     if compiled is not None:
-        total = _needed_bytes(compiled.memory_analysis(), mesh.devices.flat[0].platform) / _GIB
+        total = needed_bytes(compiled.memory_analysis(), mesh.devices.flat[0].platform) / _GIB
         parts["temporary"] = total - known
         collectives = collective_bytes(compiled.as_text())
     fits = None if capacity_gib is None or total is None else total <= capacity_gib
@@ -208,7 +208,7 @@ def _compile(lowered: Any) -> tuple[Any, float | None]:
         return None, float(used[1]) * scale[used[2]] if used else None
 
 
-def _needed_bytes(memory: Any, platform: str) -> int:
+def needed_bytes(memory: Any, platform: str) -> int:
     """Bytes of a chip that a compiled step takes: what is held, what it works with, and its code."""
     held = memory.argument_size_in_bytes + max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes)
     if platform == "tpu":
