@@ -218,9 +218,8 @@ class HostWatch:
         while not self._stopped.wait(self._every_s):
             count += 1
             now = time.monotonic()
-            if (
-                now - last > self._timeout_s / 2
-            ):  # this process itself stood still (suspended); it knows nothing of others
+            # This process itself stood still (suspended): it knows nothing of the others.
+            if now - last > self._timeout_s / 2:
                 heard = dict.fromkeys(heard, now)
             last = now
             found = self._beats(str(count))
