@@ -16,6 +16,7 @@ from test_training import assert_same, logged
 from unifusion_jax.config import from_mapping
 from unifusion_jax.parallel.mesh import make_mesh
 from unifusion_jax.training import checkpoints as checkpoints_module
+from unifusion_jax.training import metrics
 from unifusion_jax.training.checkpoints import Checkpoints, SaveError, checkpoint_steps, on_mounted_bucket
 from unifusion_jax.training.config import TrainConfig
 from unifusion_jax.training.health import NonFiniteError
@@ -203,6 +204,17 @@ def test_on_a_mounted_bucket_no_folder_is_renamed_and_what_is_half_saved_does_no
     assert checkpoint_steps(tmp_path) == [1, 2]
     with Checkpoints(tmp_path, read_only=True) as readable:
         assert readable.latest_step() == 2
+
+
+def test_the_lines_up_to_a_checkpoint_are_on_the_disk_before_it(monkeypatch, tmp_path):
+    synced = []
+
+    def fsync(number):
+        synced.append([line["step"] for line in logged(tmp_path)])
+
+    monkeypatch.setattr(metrics.os, "fsync", fsync)
+    train(tmp_path, total_steps=6)
+    assert [2] in synced and synced[-1] == [2, 4, 6]
 
 
 def test_steps_are_traced_on_demand(tmp_path):

@@ -79,6 +79,7 @@ def fit(
                     if drawing:
                         _preview(task, state, step, workdir, writer)
                     if saving:
+                        writer.sync()  # a run that goes on from here has the lines up to here
                         checkpoints.save(step, state, batches.get_state())
             if told and step < config.total_steps:
                 writer.close()
