@@ -62,17 +62,18 @@ wait_until_active() {
   done
 }
 
+# Copies the repository, without what was trained and installed in it, and sets every host up.
 prepare_hosts() {
-  # After a preemption the hosts are new and empty, so everything is installed at every start; what is there is quick.
+  local root archive
+  root=$(dirname "$here")
   if [[ -z $package ]]; then
-    run gcloud compute tpus tpu-vm scp --recurse "$(dirname "$here")" "$name:unifusion_jax" "${where[@]}" --worker=all
+    archive=$(mktemp -d)/unifusion_jax.tgz
+    run tar -C "$root" --exclude=./.git --exclude=./.venv --exclude=./runs -czf "$archive" .
+    run gcloud compute tpus tpu-vm scp "$archive" "$name:unifusion_jax.tgz" "${where[@]}" --worker=all
+    rm -rf "${archive%/*}"
+    on_all_hosts 'rm -rf unifusion_jax && mkdir unifusion_jax && tar -C unifusion_jax -xzf unifusion_jax.tgz'
   fi
-  local install
-  install="python3 -m venv ~/venv && ~/venv/bin/pip install -q $(printf '%q' "${package:-./unifusion_jax[tpu]}")"
-  on_all_hosts "$install"
-  if [[ -n $bucket ]]; then
-    on_all_hosts "mountpoint -q /gcs/$bucket || { sudo mkdir -p /gcs/$bucket && sudo gcsfuse --implicit-dirs -o allow_other $bucket /gcs/$bucket; }"
-  fi
+  on_all_hosts "bash -c $(printf '%q ' "$(<"$here/tpu_host.sh")" tpu_host.sh "${package:-./unifusion_jax[tpu]}" "$bucket")"
 }
 
 # Trains on all hosts; succeeds with the status of the training on the first host, printed. Nothing is printed where that host

@@ -39,15 +39,63 @@ def test_shellcheck_finds_nothing():
 
 def test_a_tpu_slice_is_asked_for_prepared_and_trained_on():
     done = dry_run("tpu_pod_slice")
-    lines = [shlex.split(line, comments=True) for line in (done.stdout + done.stderr).splitlines()]
-    create, copy, install, mount, train = (line for line in lines if line)
+    lines = (done.stdout + done.stderr).splitlines()
+    create, pack, copy, unpack, prepare, train = (shlex.split(line) for line in lines if not line.startswith("#"))
     assert create[:5] == ["gcloud", "compute", "tpus", "queued-resources", "create"]
     assert {"--accelerator-type=v5p-256", "--runtime-version=v2-alpha-tpuv5", "--spot"} <= set(create)
-    assert copy[4] == "scp" and "pip install" in install[-1] and "gcsfuse" in mount[-1]
-    assert all("--worker=all" in line for line in (copy, install, mount, train))
+    assert pack[0] == "tar" and "--exclude=./runs" in pack and copy[4] == "scp"
+    shell = ["bash", "-c", Path("launch/tpu_host.sh").read_text().rstrip("\n"), "tpu_host.sh"]
+    words = subprocess.run(
+        ["bash", "-c", f"printf '%s\\0' {prepare[-1].removeprefix('--command=')}"], capture_output=True, text=True
+    ).stdout.split("\0")[:-1]
+    assert words == [*shell, "./unifusion_jax[tpu]", "store"]
+    assert all("--worker=all" in line for line in (copy, unpack, prepare, train))
     remote = shlex.split(train[-1].removeprefix("--command="), posix=True)
     first = remote.index("python")
     assert [word.rstrip(";") for word in remote[first : first + len(TRAIN)]] == TRAIN
+
+
+@pytest.mark.parametrize("there", [(), ("uv", "gcsfuse", "venv"), ("uv", "gcsfuse", "venv", "mount")])
+def test_a_tpu_host_gets_what_it_lacks(tmp_path, there):
+    commands, said = tmp_path / "bin", tmp_path / "said"
+    commands.mkdir()
+    python = tmp_path / "venv" / "bin" / "python"
+    uv = f'echo uv "$@" >> {said}; [ "$1" != venv ] || install -D /bin/true {python}'
+    scripts = dict.fromkeys(("gcsfuse", "sudo", "curl"), f'echo "$(basename "$0")" "$@" >> {said}')
+    scripts |= {
+        "uv": uv,
+        "mountpoint": "exit " + ("0" if "mount" in there else "1"),
+        "lsb_release": "echo jammy",
+        "id": "echo me",
+    }
+    # The installer of uv and apt-get leave the commands behind.
+    scripts["curl"] += f'; [ "$1" != -LsSf ] || cp {tmp_path}/uv.later {commands}/uv'
+    scripts["sudo"] += (
+        f'; [ "$1" != tee ] || cat > /dev/null; [ "$2" != install ] || cp {tmp_path}/gcsfuse.later {commands}/gcsfuse'
+    )
+    for name, body in scripts.items():
+        missing = name in ("uv", "gcsfuse") and name not in there
+        file = tmp_path / f"{name}.later" if missing else commands / name
+        file.write_text(f"#!/bin/sh\n{body}\n")
+        file.chmod(0o755)
+    if "venv" in there:
+        python.parent.mkdir(parents=True)
+        shutil.copy("/bin/true", python)
+    environment = {"HOME": str(tmp_path), "PATH": f"{commands}{os.pathsep}/usr/bin{os.pathsep}/bin"}
+    done = subprocess.run(
+        ["bash", "launch/tpu_host.sh", "./unifusion_jax[tpu]", "store"], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    lines = said.read_text().splitlines()
+    install = f"uv pip install --quiet --python {python} ./unifusion_jax[tpu]"
+    mount = ["sudo mkdir -p /gcs/store", "sudo chown me /gcs/store", "gcsfuse --implicit-dirs store /gcs/store"]
+    if not there:
+        assert (
+            lines[0].startswith("curl -LsSf") and lines[1] == f"uv venv --quiet --clear --python 3.12 {tmp_path}/venv"
+        )
+        assert lines[2] == install and any("apt-get install -y" in line for line in lines) and lines[-3:] == mount
+    else:
+        assert lines == [install, *([] if "mount" in there else mount)]
 
 
 def test_gke_builds_an_image_and_restarts_after_preemptions():
