@@ -64,6 +64,26 @@ def test_libtpus_peak_is_believed_and_not_what_it_calls_temporary(platform, need
     assert needed_bytes(said, platform) / 2**30 == pytest.approx(needed, abs=0.05)
 
 
+@pytest.mark.parametrize(
+    ("said", "needed"),
+    [
+        ("RESOURCE_EXHAUSTED: E1000: Ran out of memory in memory space hbm. Used 15.86G of 15.75G hbm.", 15.86),
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (114.86G) exceeds",
+            114.86,
+        ),
+        ("RESOURCE_EXHAUSTED: Out of memory", None),
+    ],
+)
+def test_what_the_compiler_asks_for_is_read_from_its_refusal(monkeypatch, found, frozen, said, needed):
+    def refuse(lowered):
+        raise jax.errors.JaxRuntimeError(said)
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
+    refused = plan(parsed(frozen), jax.devices(), capacity_gib=1.0)
+    assert refused.fits is False and refused.total_gib == needed and found.fits
+
+
 def test_a_plan_reads_as_text(found):
     text = table(found)
     assert re.search(r"together +\d\.\d+ GiB of 1\.00", text) and text.endswith("\nfits")

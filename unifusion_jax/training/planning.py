@@ -26,7 +26,7 @@ _GIB = 2**30
 _TOO_LARGE = re.compile(
     r"RESOURCE_EXHAUSTED|[Oo]ut of memory|Ran out of memory|exceeded hbm|hbm capacity", re.IGNORECASE
 )
-_USED = re.compile(r"[Uu]sed ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm")
+_USED = re.compile(r"(?:[Uu]sed |HLO temporaries \()([\d.]+)([KMG])")
 
 
 class DoesNotCompileError(RuntimeError):
