@@ -217,15 +217,13 @@ def on_mounted_bucket(folder: Path) -> bool:
     """
     if not _MOUNTS.exists():
         return False
-    place, kind = folder.absolute().resolve(), ""
-    deepest = -1
+    place, depth, kind = folder.absolute().resolve(), 0, ""
     for line in _MOUNTS.read_text().splitlines():
-        point, found = line.split()[1:3]
-        point = Path(point.replace("\\040", " "))
-        if (
-            place.is_relative_to(point) and len(point.parts) >= deepest
-        ):  # of two mounts on one point the later one is seen
-            deepest, kind = len(point.parts), found
+        name, found = line.split()[1:3]
+        point = Path(name.replace("\\040", " "))
+        # The deepest mount holds the folder; of two on one point, the later.
+        if place.is_relative_to(point) and len(point.parts) >= depth:
+            depth, kind = len(point.parts), found
     return kind.startswith("fuse")
 
 
