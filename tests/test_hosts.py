@@ -234,6 +234,7 @@ def test_a_process_that_fails_blames_itself_only_where_the_others_are_there(monk
         raise OSError("no space left")
     assert said[0][0].startswith(message) and said[0][1] == status
     assert board.values["unifusion_jax/beats/0"] == "failed: OSError: no space left"
+    assert said == [("OSError: no space left", 1)] or not living
 
 
 @pytest.mark.parametrize(
